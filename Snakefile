@@ -1,0 +1,74 @@
+# Which notebook runs after which, for which variant. `python -m vitnb study NAME` starts it.
+#
+# Every job takes all cores: a job that measures time never shares the machine with another.
+from vitnb import studies
+
+study = studies.load(config.get("study", "embedded"))
+asked = config.get("study", "embedded")
+records = study.outputs / "records"
+source = asked if asked.endswith((".yaml", ".yml")) else studies.ROOT / "studies" / f"{asked}.yaml"
+
+
+rule all:
+    input:
+        study.outputs / "report.html",
+
+
+rule finetune:
+    input:
+        source,
+    output:
+        records / "finetune.json",
+        *(directory(study.checkpoint(name)) for name in ("merged", "nf4", "int8")),
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb run finetune -p study {asked}"
+
+
+rule evaluate:
+    input:
+        source,
+        records / "finetune.json",
+    output:
+        records / "evaluate-{variant}.json",
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb run evaluate -p study {asked} -p variant {wildcards.variant} --allow-failed"
+
+
+rule ablate:
+    input:
+        source,
+        records / "finetune.json",
+    output:
+        records / "ablate.json",
+        study.outputs / "ablation.csv",
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb run ablate -p study {asked}"
+
+
+rule infer:
+    input:
+        source,
+        records / "finetune.json",
+    output:
+        records / "infer.json",
+        study.outputs / "predictions.csv",
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb run infer -p study {asked} -p variant {study.infer_variant}"
+
+
+rule report:
+    input:
+        records / "finetune.json",
+        expand(records / "evaluate-{variant}.json", variant=study.variants),
+        records / "ablate.json",
+        records / "infer.json",
+    output:
+        study.outputs / "report.html",
+        study.outputs / "summary.csv",
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb report {asked}"

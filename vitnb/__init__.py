@@ -1,0 +1,25 @@
+"""vitnb: what weight quantization and attention kernels really do to a Vision Transformer.
+
+The package mirrors the four notebooks (finetune, evaluate, ablate, infer). Data moves one way:
+study (YAML) -> notebook -> record (JSON) -> report (HTML).
+"""
+
+import logging
+import os
+import warnings
+
+# Read by the OpenMP runtime when torch is imported: without it, threads of a finished operator spin on
+# their cores and single forwards on a shared machine take seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The profiler announces every start and stop on standard error.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# Progress bars of the libraries end up as carriage returns in stored notebooks.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# bitsandbytes says this once for every int8 layer and forward; vitnb records the compute dtype instead.
+warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+warnings.filterwarnings("ignore", message="IProgress not found")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+from vitnb.cli import main
+
+raise SystemExit(main())

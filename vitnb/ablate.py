@@ -1,0 +1,130 @@
+"""Layer sensitivity: keep some layers in 16 bits, quantize the others, and see how far the answers move.
+
+One model is loaded once; every Linear gets a quantized twin, and a configuration is a choice between the two.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from vitnb import data, quantize
+from vitnb.errors import VariantError
+from vitnb.models import Loaded
+from vitnb.records import write_whole
+
+BATCH_SIZE = 128
+
+
+def layers(model: nn.Module) -> list[str]:
+    """Full names of the transformer blocks, first to last: the longest list of modules that hold Linears."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    name, blocks = max(((n, m) for n, m in lists if quantize.linears(m)), key=lambda item: len(item[1]))
+    return [f"{name}.{i}" for i in range(len(blocks))]
+
+
+def configurations(model: nn.Module) -> dict[str, list[str]]:
+    """Which blocks stay in 16 bits in each configuration: none, all, first and last, and every one in turn."""
+    blocks = layers(model)
+    return {"none": [], "all": blocks, "first and last": [blocks[0], blocks[-1]]} | {f"layer {i}": [b] for i, b in enumerate(blocks)}
+
+
+class Switchboard:
+    """A 16-bit model whose Linears can be switched one by one to their quantized twins (4 or 8 bits)."""
+
+    def __init__(self, model: nn.Module, bits: int, dtype: torch.dtype):
+        self.model = model.to(dtype)
+        self.plain = {name: module for name, module in quantize.linears(model).items() if name != quantize.head(model)}
+        self.twins = {name: quantize.quantized_copy(module, bits, dtype) for name, module in self.plain.items()}
+
+    def keep(self, blocks: list[str]) -> tuple[int, int]:
+        """Keep the Linears under ``blocks`` in 16 bits and quantize all others; returns (quantized, kept), as counted.
+
+        Raises UserError for a block without Linears, VariantError if the model does not end up as asked.
+        """
+        for name, module in self.plain.items():  # named_modules() must see the plain ones to match names
+            self.model.set_submodule(name, module)
+        kept = set(quantize.keep(self.model, blocks))
+        for name in self.plain.keys() - kept:
+            self.model.set_submodule(name, self.twins[name])
+        counted = quantize.count(self.model)
+        if counted != (len(self.plain) + 1 - len(kept), len(kept)):
+            raise VariantError(f"{len(kept)} Linears were to be kept, but {counted[1]} are")
+        return counted
+
+    def restore(self) -> nn.Module:
+        """The model with no Linear quantized."""
+        self.keep([*self.plain])
+        return self.model
+
+
+def _logits(loaded: Loaded, pixels: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    with loaded.running() as model:
+        return torch.cat([model(pixel_values=batch.to(loaded.device, dtype)).logits.double().cpu() for batch in pixels])
+
+
+def kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each image's answer from the reference's, in nats: logits [images, classes] x 2 -> [images]."""
+    p, q = reference.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def sensitivity(loaded: Loaded, valid: data.Split, bits: list[int], dtype: torch.dtype) -> list[dict]:
+    """Top-1 and KL to full precision of every configuration, on the same validation images.
+
+    Args:
+        loaded: the full-precision variant; it is changed to ``dtype``, the 16-bit type.
+        bits: 4, 8 or both.
+
+    Returns:
+        one row a configuration: bits, kept (its name), linears_quantized, linears_kept, top1, kl (mean), and raw by
+        image: predicted and kl_by_image.
+    """
+    pixels = [batch for batch, _ in data.batches(data.Pixels(valid, loaded.processor), BATCH_SIZE)]
+    labels = torch.tensor(valid.labels)
+    reference = _logits(loaded, pixels, loaded.dtype)
+    rows = [{"bits": 32, "kept": "full precision", "linears_quantized": 0, "linears_kept": loaded.linears_kept}]
+    rows[0] |= _scores(reference, reference, labels)
+    for width in bits:
+        board = Switchboard(loaded.model, width, dtype)
+        for name, blocks in configurations(loaded.model).items():
+            quantized, kept = board.keep(blocks)
+            row = {"bits": width, "kept": name, "linears_quantized": quantized, "linears_kept": kept}
+            rows.append(row | _scores(reference, _logits(loaded, pixels, dtype), labels))
+            print(f"{width}-bit, kept: {name:15s} top-1 {rows[-1]['top1']:.4f}  KL {rows[-1]['kl']:.5f}", flush=True)
+        board.restore()
+    return rows
+
+
+def _scores(reference: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> dict:
+    divergence, predicted = kl(reference, other), other.argmax(-1)
+    return {
+        "top1": (predicted == labels).double().mean().item(),
+        "kl": divergence.mean().item(),
+        "predicted": predicted.tolist(),
+        "kl_by_image": [float(f"{value:.6g}") for value in divergence.tolist()],
+    }
+
+
+def recommended(rows: list[dict], bits: int, count: int = 3) -> list[str]:
+    """The layers to keep first: those whose keeping lowers the KL most, by more than 2 standard errors of the paired gain."""
+    of_width = {row["kept"]: np.asarray(row["kl_by_image"]) for row in rows if row["bits"] == bits}
+    gains = []
+    for name, values in of_width.items():
+        if name.startswith("layer "):
+            gain = of_width["none"] - values
+            gains.append((gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5, name))
+    return [name for mean, error, name in sorted(gains, reverse=True)[:count] if mean > 2 * error]
+
+
+def table(rows: list[dict]) -> pd.DataFrame:
+    """The rows without the raw values of single images."""
+    return pd.DataFrame(rows).drop(columns=["predicted", "kl_by_image"])
+
+
+def write_csv(rows: list[dict], path: Path) -> Path:
+    """Write the table as CSV, whole or not at all."""
+    write_whole(path, table(rows).to_csv(index=False, lineterminator="\n"))
+    return path

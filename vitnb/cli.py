@@ -1,0 +1,100 @@
+"""The command line: ``vitnb`` and ``python -m vitnb`` are the same program."""
+
+import argparse
+import sys
+
+from vitnb.errors import UserError, VariantError, one_line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vitnb", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    study = commands.add_parser("study", help="run a whole study: every notebook and variant that is not done yet, then the report")
+    study.add_argument("study", nargs="?", default="embedded", help="a name under studies/, or a YAML file (default: embedded)")
+    study.add_argument("--dry-run", action="store_true", help="only list what would run")
+
+    run = commands.add_parser("run", help="run one notebook headless")
+    run.add_argument("notebook", help="finetune, evaluate, ablate or infer")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
+    run.add_argument("--allow-failed", action="store_true", help="exit 0 if the variant cannot run here (its record says why)")
+
+    report = commands.add_parser("report", help="make report.html and the CSV tables from the records alone")
+    report.add_argument("study", nargs="?", default="embedded")
+
+    check = commands.add_parser("check", help="look through a checkpoint folder")
+    check.add_argument("checkpoint")
+
+    commands.add_parser("variants", help="list the variants")
+
+    pretrain = commands.add_parser("pretrain", help="make the embedded base model again (needs a GPU)")
+    pretrain.add_argument("--out", default="data/base")
+    pretrain.add_argument("--steps", type=int)
+    pretrain.add_argument("--batch-size", type=int)
+    pretrain.add_argument("--seed", type=int)
+    return parser
+
+
+def _study(args) -> None:
+    import os
+    import subprocess
+
+    from vitnb import data, models, records, studies
+
+    study = studies.load(args.study)
+    records.check_machine(study)
+    models.find_base(study)
+    data.root(study)
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(studies.ROOT / "Snakefile"), "--directory", str(studies.ROOT)]
+    command += ["--cores", "all", "--rerun-triggers", "mtime", "input", "params", "--quiet", "rules", "host", "--keep-incomplete"]
+    command += ["--config", f"study={args.study}"] + ["--dry-run"] * args.dry_run
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(studies.ROOT)}, check=False)
+    if done.returncode:
+        raise UserError(f"study {study.name} stopped; the line above says why. What is done is kept: run it again to go on")
+    print(f"vitnb: {study.outputs / 'report.html'}")
+
+
+def _run(args) -> None:
+    from vitnb import runner
+
+    print(f"vitnb: {runner.run(args.notebook, args.p, args.allow_failed)}")
+
+
+def _report(args) -> None:
+    from vitnb import report, studies
+
+    print(f"vitnb: {report.write(studies.load(args.study))}")
+
+
+def _check(args) -> None:
+    from vitnb import check
+
+    print("\n".join(check.check(args.checkpoint)))
+
+
+def _variants(args) -> None:
+    from vitnb import variants
+
+    print("\n".join(variants.REGISTRY))
+
+
+def _pretrain(args) -> None:
+    from vitnb import pretrain
+
+    given = {name: getattr(args, name) for name in ("steps", "batch_size", "seed") if getattr(args, name) is not None}
+    pretrain.pretrain(args.out, **given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a user's error is one line on standard error and exit code 1 (2: the command line itself)."""
+    args = _parser().parse_args(arguments)
+    action = {"study": _study, "run": _run, "report": _report, "check": _check, "variants": _variants, "pretrain": _pretrain}
+    try:
+        action[args.command](args)
+    except (UserError, VariantError) as error:
+        print(f"vitnb: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vitnb: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,170 @@
+"""Fine-tuning: LoRA (arXiv:2106.09685) or QLoRA (arXiv:2305.14314) with a trained head, and the three exports.
+
+Only the adapters and the head are trained. The head must be: a new one that stays frozen gives chance.
+"""
+
+import shutil
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from vitnb import data, models, quantize, studies
+from vitnb.errors import UserError, nearest
+
+EXPORTS = ("merged", "nf4", "int8")
+
+
+def targets(model: nn.Module, asked: str) -> list[str]:
+    """Full names of the Linears that get an adapter.
+
+    ``asked``: ``all`` (every Linear but the head), or names separated by commas, each a part of the path of some
+    Linears: ``attention``, ``mlp``, ``q_proj``, ``fc1`` ... Raises UserError for one that matches none.
+    """
+    names = [name for name in quantize.linears(model) if name != quantize.head(model)]
+    if asked == "all":
+        return names
+    chosen = set()
+    for part in asked.replace(" ", "").split(","):
+        matched = {name for name in names if part in name.split(".")}
+        if not matched:
+            known = ["all", *dict.fromkeys(p for name in names for p in name.split(".") if not p.isdigit())]
+            raise UserError(f"targets: no Linear is called '{part}': {nearest(part, known)}")
+        chosen |= matched
+    return [name for name in names if name in chosen]
+
+
+def with_adapters(
+    study: studies.Study, class_names: list[str], *, rank=8, alpha=32, dropout=0.1, target="all", base_precision="fp32",
+    gradient_checkpointing=False,
+) -> PeftModel:
+    """The study's base with LoRA adapters and a fresh head that is trained with them.
+
+    Args:
+        rank, alpha, dropout: of the adapters; their product is scaled by alpha / rank.
+        target: which Linears get one, see ``targets``.
+        base_precision: ``fp32`` (LoRA), ``nf4`` or ``int8`` (QLoRA: the frozen base is quantized while training).
+        gradient_checkpointing: trade time for memory by computing activations twice.
+    """
+    if rank < 1:
+        raise UserError(f"rank must be at least 1, got {rank}")
+    model = models.load_base(study, class_names, base_precision)
+    head, chosen = quantize.head(model), targets(model, target)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen, modules_to_save=[head])
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return get_peft_model(model, config)
+
+
+def trained(model: nn.Module) -> dict[str, int]:
+    """How many parameters are trained, in the adapters and in the head, and how many there are."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    adapters = sum(size for name, size in sizes.items() if "lora_" in name)
+    return {"adapters": adapters, "head": sum(sizes.values()) - adapters, "all": model.get_nb_trainable_parameters()[1]}
+
+
+def precision(on: torch.device):
+    """Autocast to 16 bits where the hardware has units for it, else a context that changes nothing."""
+    if on.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.autocast(on.type, models.half(on))
+    return nullcontext()
+
+
+@torch.no_grad()
+def top1(model: nn.Module, pixels: data.Pixels, on: torch.device) -> float:
+    """Share of right answers on a split, in evaluation mode; leaves the model in training mode."""
+    model.eval()
+    right = 0
+    with precision(on):
+        for images, labels in data.batches(pixels, 128):
+            right += (model(pixel_values=images.to(on)).logits.argmax(-1).cpu() == labels).sum().item()
+    model.train()
+    return right / len(pixels)
+
+
+def train(model: PeftModel, study: studies.Study, processor, train: data.Split, valid: data.Split, *, seed=0, epochs=None) -> list[dict]:
+    """Train adapters and head; keep the epoch with the best validation top-1; return the learning curve, a row an epoch.
+
+    AdamW under a one-cycle schedule, random crops and flips, early stop after ``study.finetune.patience`` epochs
+    without a better one. fp16 (GPUs below SM80) trains with gradient scaling. ``epochs``: None for the study's own.
+    """
+    budget = replace(study.finetune, epochs=study.finetune.epochs if epochs is None else epochs)
+    if budget.epochs < 1:
+        raise UserError(f"epochs must be at least 1, got {budget.epochs}")
+    on = next(model.parameters()).device
+    images = data.Pixels(train, processor, seed, budget.crop_scale)
+    held_out = data.Pixels(valid, processor)
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr=budget.learning_rate, weight_decay=0.01)
+    steps = -(-len(images) // budget.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.learning_rate, total_steps=steps * budget.epochs, pct_start=0.2)
+    scaler = torch.amp.GradScaler(on.type, enabled=models.half(on) == torch.float16)
+    history, best, kept = [], -1.0, {}
+    model.train()
+    for epoch in range(budget.epochs):
+        begin, total = time.perf_counter(), 0.0
+        images.epoch = epoch
+        for pixels, labels in data.batches(images, budget.batch_size, shuffle_seed=seed * 10_000 + epoch):
+            with precision(on):
+                logits = model(pixel_values=pixels.to(on)).logits
+            loss = nn.functional.cross_entropy(logits.float(), labels.to(on))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            total += loss.item() * len(labels)
+        row = {"epoch": epoch + 1, "loss": total / len(images), "valid_top1": top1(model, held_out, on)}
+        row["seconds"] = round(time.perf_counter() - begin, 1)
+        history.append(row)
+        print(f"epoch {epoch + 1:2d}/{budget.epochs}  loss {row['loss']:.3f}  valid top-1 {row['valid_top1']:.3f}  {row['seconds']:.0f} s", flush=True)
+        if row["valid_top1"] > best:
+            best, kept = row["valid_top1"], {name: p.detach().clone() for name, p in learned.items()}
+        elif epoch + 1 - max(history, key=lambda r: r["valid_top1"])["epoch"] >= budget.patience:
+            print(f"stopped early: no better epoch for {budget.patience}", flush=True)
+            break
+    with torch.no_grad():
+        for name, parameter in learned.items():
+            parameter.copy_(kept[name])
+    return history
+
+
+def merge(model: PeftModel, study: studies.Study, class_names: list[str]) -> nn.Module:
+    """Fold the adapters into the full-precision base, also those that were trained on a quantized one (QLoRA)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        base = models.load_base(study, class_names)
+        return PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
+
+
+def export(model: PeftModel, study: studies.Study, processor, class_names: list[str]) -> dict[str, int]:
+    """Write ``checkpoints/merged`` (fp32), ``nf4`` and ``int8``, all three or none; return their bytes on disk.
+
+    Each holds weights (safetensors), class names and preprocessing, and loads with plain transformers.
+    """
+    final = study.outputs / "checkpoints"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=final.parent))
+    try:
+        merged = merge(model, study, class_names)
+        merged.set_attn_implementation("sdpa")  # a name that transformers knows without this package
+        merged.save_pretrained(part / "merged")
+        for weights in ("nf4", "int8"):
+            settings = quantize.config(weights, quantize.keep(merged))
+            on = models.device()
+            small = models._from_pretrained(part / "merged", dtype=torch.bfloat16, quantization_config=settings, device_map={"": on})
+            quantize.check_counts(small, quantized=True)
+            quantize.forbid_packing(small).save_pretrained(part / weights)
+        for name in EXPORTS:
+            processor.save_pretrained(part / name)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {name: models.disk_bytes(final / name) for name in EXPORTS}

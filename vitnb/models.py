@@ -1,0 +1,165 @@
+"""Models: from a base to a classifier, and from a checkpoint to a variant that is ready to run.
+
+A checkpoint is a folder that ``AutoModelForImageClassification.from_pretrained`` and ``AutoImageProcessor
+.from_pretrained`` load without this package. It carries the preprocessing and the class names it was trained with.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from vitnb import attention, quantize, studies
+from vitnb.errors import UserError, VariantError, one_line
+from vitnb.variants import Variant
+
+
+def device() -> torch.device:
+    """The GPU if PyTorch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def half(on: torch.device) -> torch.dtype:
+    """The 16-bit type to compute in: bfloat16, and float16 on GPUs below SM80, which have no bfloat16 units."""
+    return torch.float16 if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 0) else torch.bfloat16
+
+
+def safe(folder: Path) -> Path:
+    """The folder, once it is sure that opening it runs no code: safetensors only, no pickles."""
+    if not list(folder.glob("*.safetensors")):
+        pickles = [path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(suffix)]
+        if pickles:
+            raise UserError(f"{folder / pickles[0]} is a pickle, which can run code when opened: save the model as safetensors")
+        raise UserError(f"{folder} holds no *.safetensors: it is not a checkpoint")
+    return folder
+
+
+def find_base(study: studies.Study) -> str:
+    """The study's base model as a local folder or, where the study names one, a hub name."""
+    folder = studies.ROOT / study.base
+    if folder.is_dir():
+        return str(safe(folder))
+    if study.base.startswith((".", "/", "data/")):
+        raise UserError(f"no base model at {folder}: restore it with 'git checkout {study.base}'")
+    return study.base
+
+
+def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32") -> nn.Module:
+    """The base model with a fresh head for ``class_names``, in full precision or quantized for QLoRA.
+
+    Args:
+        weights: ``fp32``, ``nf4`` or ``int8``.
+    """
+    if weights not in ("fp32", "nf4", "int8"):
+        raise UserError(f"base_precision must be fp32, nf4 or int8, got '{weights}'")
+    labels = dict(enumerate(class_names))
+    options = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "ignore_mismatched_sizes": True}
+    base, on = find_base(study), device()
+    model = _from_pretrained(base, dtype=torch.float32, **options)
+    if weights != "fp32":
+        # The head's initial weights come from the full-precision load, so that every precision starts alike.
+        fresh_head = model.get_submodule(quantize.head(model)).state_dict()
+        settings = quantize.config(weights, quantize.keep(model), half(on))
+        model = _from_pretrained(base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options)
+        model.get_submodule(quantize.head(model)).load_state_dict(fresh_head)
+        quantize.check_counts(model, quantized=True)
+        quantize.forbid_packing(model)
+    model.set_attn_implementation("vitnb-sdpa")
+    return model.to(on)
+
+
+def processor(source: str | Path):
+    """The image processor that travels with a base or a checkpoint, always on Pillow: one preprocessing for all."""
+    try:
+        return AutoImageProcessor.from_pretrained(source, backend="pil")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} has no preprocessing (preprocessor_config.json): {one_line(error)}") from None
+
+
+def _from_pretrained(source: str | Path, **options) -> nn.Module:
+    try:
+        return AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load {source}: {one_line(error)}") from None
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass
+class Loaded:
+    """A variant, ready to run: the model in evaluation mode, its preprocessing, its classes and what was counted."""
+
+    variant: Variant
+    model: nn.Module
+    processor: object
+    class_names: list[str]
+    device: torch.device
+    dtype: torch.dtype
+    launched: str  # how its attention is launched, a key of attention.ALLOWED
+    linears_quantized: int
+    linears_kept: int
+    disk_bytes: int
+    resident_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights, whatever they are stored in (a 4-bit parameter holds two to a byte)."""
+        return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in self.model.parameters())
+
+    def found(self) -> dict[str, object]:
+        """What a record keeps of a loaded variant."""
+        return {
+            "parameters": self.parameters, "dtype": str(self.dtype).removeprefix("torch."), "attention_launched": self.launched,
+            "linears_quantized": self.linears_quantized, "linears_kept": self.linears_kept,
+            "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
+        }  # fmt: skip
+
+    def to_input(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels, float32 [batch, 3, height, width], where and in the type that the model wants them."""
+        return pixels.to(self.device, self.dtype)
+
+    @contextmanager
+    def running(self):
+        """A block of forwards without gradients, with the attention kernel that the variant asks for.
+
+        Raises VariantError where that kernel does not exist for this model.
+        """
+        with torch.inference_mode(), attention.forced(self.launched):
+            yield self.model
+
+
+def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None) -> Loaded:
+    """Load one variant of a study's fine-tuned model (or of ``checkpoint``).
+
+    Raises:
+        UserError: the checkpoint is missing, a pickle or broken.
+        VariantError: the variant cannot run on this machine, or not all that should be quantized was.
+    """
+    folder = checkpoint or study.checkpoint(variant.checkpoint)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {folder}: make it with 'python -m vitnb run finetune -p study {study.name}'")
+    on = device()
+    launched = attention.launch(variant.attention, on)
+    dtype = torch.float32 if variant.weights == "fp32" else half(on)
+    # TensorFloat-32 would make the full-precision baseline a 19-bit one.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = _from_pretrained(
+        safe(folder), dtype=dtype, attn_implementation=attention.implementation(launched), device_map={"": on}
+    ).eval()
+    for module in model.modules():
+        if isinstance(module, quantize.bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
+    if variant.quantized and not getattr(model.config, "quantization_config", None):
+        raise VariantError(f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.name}'")
+    quantized, kept = quantize.check_counts(model, variant.quantized)
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return Loaded(
+        variant, model, processor(folder), names, on, dtype, launched, quantized, kept,
+        disk_bytes(folder), quantize.resident_bytes(model),
+    )

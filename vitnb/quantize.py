@@ -1,0 +1,119 @@
+"""Weight quantization with bitsandbytes: what is quantized, what is kept, and how many bytes it holds.
+
+NF4 is 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314); int8 is LLM.int8 (arXiv:2208.07339).
+The classification head is never quantized: it is small, it was just trained, and its size fits no 4-bit block.
+"""
+
+from collections.abc import Iterable
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from vitnb.errors import UserError, VariantError
+
+OUTLIER_THRESHOLD = 6.0  # LLM.int8: columns of activations beyond it are multiplied in 16 bits
+QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear of a model by its full name, quantized ones included (they are Linears too)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def head(model: nn.Module) -> str:
+    """The name of the classification head: the last Linear, which gives one number for each class."""
+    name, module = list(linears(model).items())[-1]
+    if module.out_features != model.config.num_labels:
+        raise UserError(f"no classification head: the last Linear, {name}, gives {module.out_features} numbers for {model.config.num_labels} classes")
+    return name
+
+
+def keep(model: nn.Module, prefixes: Iterable[str] = ()) -> list[str]:
+    """Full names of the Linears to keep in 16 bits: those under ``prefixes``, and always the head.
+
+    Built from the model's own names, because a pattern that matches nothing is ignored in silence by the loader.
+    Raises UserError for a prefix that matches no Linear.
+    """
+    kept = {head(model)}
+    for prefix in prefixes:
+        matched = {name for name in linears(model) if name == prefix or name.startswith(f"{prefix}.")}
+        if not matched - kept:
+            raise UserError(f"keeping '{prefix}' changes nothing: no quantized Linear has a name that starts so")
+        kept |= matched
+    return sorted(kept)
+
+
+def config(weights: str, kept: list[str], compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """The loader's configuration for ``nf4`` or ``int8``, with the Linears to keep by their full names."""
+    if weights == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=kept,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD, llm_int8_skip_modules=kept)
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(quantized, kept): the numbers of Linears, read from the model as it is."""
+    modules = linears(model).values()
+    quantized = sum(isinstance(module, QUANTIZED) for module in modules)
+    return quantized, len(modules) - quantized
+
+
+def check_counts(model: nn.Module, quantized: bool) -> tuple[int, int]:
+    """The counts, once it is sure that all Linears but the head are quantized, or none is; else VariantError."""
+    found = count(model)
+    total = sum(found)
+    wanted = (total - 1, 1) if quantized else (0, total)
+    if found != wanted or isinstance(linears(model)[head(model)], QUANTIZED):
+        raise VariantError(f"{found[0]} Linears are quantized and {found[1]} kept; expected {wanted[0]} and {wanted[1]}, the head kept")
+    return found
+
+
+def quantized_copy(linear: nn.Linear, bits: int, compute_dtype: torch.dtype) -> nn.Module:
+    """A 4-bit (NF4, double quantization) or 8-bit copy of a Linear, on its device, as the loader would make it."""
+    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if bits == 4:
+        copy = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+        copy.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        copy.support_avx512bf16_for_cpu = False
+    else:
+        copy = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
+        copy.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+    if bias:
+        copy.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
+    return copy.to(linear.weight.device).eval()
+
+
+def forbid_packing(model: nn.Module) -> nn.Module:
+    """Turn off the repacking of 4-bit weights on CPUs with AVX512-BF16, for models that are trained or saved.
+
+    The first evaluation forward repacks in place; after it training crashes and a save differs (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _state_tensors(state) -> Iterable[torch.Tensor]:
+    """The tensors of a (nested) 4-bit quantization state."""
+    if state is not None:
+        yield from (tensor for tensor in (state.absmax, state.code, state.offset) if isinstance(tensor, torch.Tensor))
+        yield from _state_tensors(state.state2)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that the loaded model holds: parameters, buffers and quantization state, shared storage counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            tensors += _state_tensors(getattr(module.weight, "quant_state", None))
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            tensors += [t for t in (module.state.CB, module.state.SCB, getattr(module.weight, "SCB", None)) if t is not None]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -1,0 +1,183 @@
+"""Records: what one run of a notebook was asked, what ran, its raw samples, and the machine. JSON, whole or not at all."""
+
+import json
+import os
+import platform
+import random
+import subprocess
+import time
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from IPython import get_ipython
+
+from vitnb import studies, variants
+from vitnb.errors import UserError, VariantError, one_line
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn", "peft", "accelerate", "scikit-learn", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that move the numbers; '-' for one that is not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "-"
+    return found
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=studies.ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def machine() -> dict[str, object]:
+    """The processor, the GPU, and the state of the code, as they are now."""
+    names = {}
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "cpu": names.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu.name if gpu else None,
+        "gpu_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
+        "platform": platform.platform(terse=True),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a killed writer, never leaves half of it behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _plain(value: object):
+    """JSON for what numpy and torch return."""
+    if isinstance(value, (np.generic, torch.Tensor)):
+        return value.item() if value.ndim == 0 else value.tolist()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a record cannot hold a {type(value).__name__}")
+
+
+class Run:
+    """One run of one notebook: holds what was asked, collects what was found, and saves it as one record."""
+
+    def __init__(self, notebook: str, study: studies.Study, asked: dict):
+        self.study = study
+        self.seed = asked["seed"] = study.seed if asked.get("seed") is None else asked["seed"]
+        self.variant = variants.get(asked["variant"]) if asked.get("variant") else None
+        self.name = self._name(notebook, asked)
+        self.path = study.outputs / "records" / f"{self.name}.json"
+        if notebook == "evaluate":
+            self.batch_sizes = asked["batch_sizes"] = study.sizes(asked.get("batch_size"))
+        self.record = {
+            "notebook": notebook,
+            "study": study.name,
+            "name": self.name,
+            "asked": asked,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+        }
+        self._begin = time.perf_counter()
+
+    @staticmethod
+    def _name(notebook: str, asked: dict) -> str:
+        """One record for each thing that can be asked of a study: a variant, a batch size, a folder of images."""
+        parts = [notebook]
+        if notebook == "evaluate":
+            parts += [asked["variant"]] + [f"b{asked['batch_size']}"] * bool(asked.get("batch_size"))
+        elif asked.get("images"):
+            parts.append(Path(asked["images"]).expanduser().resolve().name)
+        return "-".join(parts)
+
+    def save(self, **found) -> dict:
+        """Write the record, with its findings, and return it as it was written."""
+        return self._write({"status": "ok", "reason": ""} | found)
+
+    def fail(self, error: BaseException) -> dict:
+        """Write a record without findings that says why the variant has none."""
+        return self._write({"status": "failed", "reason": one_line(error)})
+
+    def _write(self, found: dict) -> dict:
+        whole = self.record | {"seconds": round(time.perf_counter() - self._begin, 1)} | found
+        text = json.dumps(whole, default=_plain, allow_nan=False, indent=1)
+        write_whole(self.path, text + "\n")
+        return json.loads(text)
+
+
+def start(notebook: str, study: str, **asked) -> Run:
+    """Begin a run: load the study, check that the machine can do it, and seed every generator.
+
+    Args:
+        notebook: which notebook asks.
+        study: a name under ``studies/`` or the path of a YAML file.
+        asked: the notebook's other parameters, kept in the record as they are; ``seed=None`` for the study's own.
+
+    Raises:
+        UserError: unknown study or variant, or a study that needs a GPU on a machine without one.
+    """
+    _tell_errors_in_one_line()
+    loaded = studies.load(study)
+    check_machine(loaded)
+    run = Run(notebook, loaded, asked)
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    torch.manual_seed(run.seed)
+    if run.variant:
+        _CURRENT.append(run)
+    return run
+
+
+def check_machine(study: studies.Study) -> None:
+    """Raise UserError if the study needs a GPU and there is none."""
+    if study.requires == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"study '{study.name}' needs an NVIDIA GPU, and PyTorch sees none: run it on a GPU machine")
+
+
+def load(study: studies.Study) -> list[dict]:
+    """Every record of a study, oldest first."""
+    found = []
+    for path in sorted((study.outputs / "records").glob("*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except ValueError:
+            raise UserError(f"{path} is not a record: delete it and run 'python -m vitnb study {study.name}' again") from None
+    return sorted(found, key=lambda record: record["started"])
+
+
+_CURRENT: list[Run] = []  # the run that a failing variant belongs to
+
+
+def _tell_errors_in_one_line() -> None:
+    """In a notebook, show our own errors as one line without a stack trace, and record a variant that failed."""
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def tell(shell, kind, error, trace, tb_offset=None):
+        if isinstance(error, torch.OutOfMemoryError):
+            error = VariantError(f"out of memory: lower batch_size, or take an nf4 variant ({one_line(error)[:80]})")
+            kind = VariantError
+        if isinstance(error, VariantError) and _CURRENT:
+            _CURRENT[-1].fail(error)
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {one_line(error)}"])
+
+    shell.set_custom_exc((UserError, VariantError, torch.OutOfMemoryError), tell)
