@@ -72,7 +72,9 @@ def launch(attention: str, device: torch.device) -> str:
         return "torch-flash"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        raise VariantError(f"fa2 needs a GPU of SM80 or newer and this one is SM{capability[0]}{capability[1]}: use an sdpa variant")
+        raise VariantError(
+            f"fa2 needs a GPU of SM80 or newer and this one is SM{capability[0]}{capability[1]}: use an sdpa variant"
+        )
     return "flash-attn" if find_spec("flash_attn") else "torch-flash"
 
 
@@ -93,7 +95,9 @@ def forced(launched: str):
             yield
     except RuntimeError as error:
         if "No available kernel" in str(error):
-            raise VariantError(f"PyTorch has no {launched} attention kernel for this model here: {one_line(error)}") from None
+            raise VariantError(
+                f"PyTorch has no {launched} attention kernel for this model here: {one_line(error)}"
+            ) from None
         raise
 
 

@@ -44,7 +44,9 @@ def _weights(folder: Path) -> tuple[set[str], int]:
     index = folder / "model.safetensors.index.json"
     missing = set(json.loads(index.read_text())["weight_map"]) - names if index.exists() else set()
     if missing:
-        raise UserError(f"{folder} lacks {len(missing)} tensors that its index names, such as {min(missing)}: copy all its files")
+        raise UserError(
+            f"{folder} lacks {len(missing)} tensors that its index names, such as {min(missing)}: copy all its files"
+        )
     return names, size
 
 
@@ -52,14 +54,21 @@ def _fits(folder: Path) -> str:
     """Load it as transformers does, and let no key be missing, left over or of another shape."""
     try:
         model, found = AutoModelForImageClassification.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True, device_map={"": models.device()}
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            device_map={"": models.device()},
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder} does not load: {one_line(error)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             first = sorted(map(str, found[kind]))[0]
-            raise UserError(f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}")
+            raise UserError(
+                f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
+            )
     quantized, kept = quantize.count(model)
     return f"config        fits the weights; {quantized} Linears quantized, {kept} kept"
 
@@ -67,7 +76,9 @@ def _fits(folder: Path) -> str:
 def _classes(config) -> str:
     names = [config.id2label.get(i) for i in range(config.num_labels)]
     if None in names or len(set(names)) != len(names) or names == [f"LABEL_{i}" for i in range(len(names))]:
-        raise UserError("config.json has no class names of its own (id2label): export it with 'python -m vitnb run finetune'")
+        raise UserError(
+            "config.json has no class names of its own (id2label): export it with 'python -m vitnb run finetune'"
+        )
     return f"classes       {len(names)}, from {names[0]} to {names[-1]}"
 
 
@@ -76,7 +87,10 @@ def _preprocessing(folder: Path, config) -> str:
     size = (processor.size["height"], processor.size["width"])
     expected = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
     if tuple(expected) != size:
-        raise UserError(f"preprocessing makes {size} pixels and the model takes {tuple(expected)}: copy the preprocessor_config.json it was trained with")
+        raise UserError(
+            f"preprocessing makes {size} pixels and the model takes {tuple(expected)}: "
+            "copy the preprocessor_config.json that it was trained with"
+        )
     return f"preprocessing {size[0]}x{size[1]}, mean {list(processor.image_mean)}, std {list(processor.image_std)}"
 
 
@@ -88,8 +102,12 @@ def _quantization(folder: Path, declared) -> str:
     marks = {"4-bit": "quant_state", "8-bit": "SCB"}
     names, _ = _weights(folder)
     if not any(marks[wanted] in name for name in names):
-        raise UserError(f"config.json declares {wanted} weights and none are there: export it again with 'python -m vitnb run finetune'")
-    return f"quantization  {wanted}, as declared; kept: {', '.join(declared.get('llm_int8_skip_modules') or ['nothing'])}"
+        raise UserError(
+            f"config.json declares {wanted} weights and none are there: export it again with 'python -m vitnb run finetune'"
+        )
+    return (
+        f"quantization  {wanted}, as declared; kept: {', '.join(declared.get('llm_int8_skip_modules') or ['nothing'])}"
+    )
 
 
 def _machine(declared) -> str:

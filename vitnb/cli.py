@@ -10,14 +10,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitnb", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    study = commands.add_parser("study", help="run a whole study: every notebook and variant that is not done yet, then the report")
-    study.add_argument("study", nargs="?", default="embedded", help="a name under studies/, or a YAML file (default: embedded)")
+    study = commands.add_parser(
+        "study", help="run a whole study: every notebook and variant that is not done yet, then the report"
+    )
+    study.add_argument(
+        "study", nargs="?", default="embedded", help="a name under studies/, or a YAML file (default: embedded)"
+    )
     study.add_argument("--dry-run", action="store_true", help="only list what would run")
 
     run = commands.add_parser("run", help="run one notebook headless")
     run.add_argument("notebook", help="finetune, evaluate, ablate or infer")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
-    run.add_argument("--allow-failed", action="store_true", help="exit 0 if the variant cannot run here (its record says why)")
+    run.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated"
+    )
+    run.add_argument(
+        "--allow-failed", action="store_true", help="exit 0 if the variant cannot run here (its record says why)"
+    )
 
     report = commands.add_parser("report", help="make report.html and the CSV tables from the records alone")
     report.add_argument("study", nargs="?", default="embedded")
@@ -45,12 +53,33 @@ def _study(args) -> None:
     records.check_machine(study)
     models.find_base(study)
     data.root(study)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(studies.ROOT / "Snakefile"), "--directory", str(studies.ROOT)]
-    command += ["--cores", "all", "--rerun-triggers", "mtime", "input", "params", "--quiet", "rules", "host", "--keep-incomplete"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(studies.ROOT / "Snakefile"),
+        "--directory",
+        str(studies.ROOT),
+    ]
+    command += [
+        "--cores",
+        "all",
+        "--rerun-triggers",
+        "mtime",
+        "input",
+        "params",
+        "--quiet",
+        "rules",
+        "host",
+        "--keep-incomplete",
+    ]
     command += ["--config", f"study={args.study}"] + ["--dry-run"] * args.dry_run
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(studies.ROOT)}, check=False)
     if done.returncode:
-        raise UserError(f"study {study.name} stopped; the line above says why. What is done is kept: run it again to go on")
+        raise UserError(
+            f"study {study.name} stopped; the line above says why. What is done is kept: run it again to go on"
+        )
     print(f"vitnb: {study.outputs / 'report.html'}")
 
 
@@ -88,7 +117,14 @@ def _pretrain(args) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's error is one line on standard error and exit code 1 (2: the command line itself)."""
     args = _parser().parse_args(arguments)
-    action = {"study": _study, "run": _run, "report": _report, "check": _check, "variants": _variants, "pretrain": _pretrain}
+    action = {
+        "study": _study,
+        "run": _run,
+        "report": _report,
+        "check": _check,
+        "variants": _variants,
+        "pretrain": _pretrain,
+    }
     try:
         action[args.command](args)
     except (UserError, VariantError) as error:

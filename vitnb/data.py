@@ -37,11 +37,14 @@ def root(study: studies.Study) -> Path:
     """
     if study.data == "garden":
         folder = studies.ROOT / "data" / "garden"
-        garden.write_folder(folder)
-        return folder
+        try:
+            return garden.write_folder(folder)
+        except FileExistsError:
+            raise UserError(f"{folder} is not the garden of this version: delete it, and it is drawn again") from None
     folder = studies.ROOT / study.data
     if not folder.is_dir():
-        raise UserError(f"study '{study.name}' needs its images at {folder}: {study.get_data or 'put them there, in train/, valid/ and test/'}")
+        where = study.get_data or "put them there, in train/, valid/ and test/"
+        raise UserError(f"study '{study.name}' needs its images at {folder}: {where}")
     return folder
 
 
@@ -63,7 +66,9 @@ def split(study: studies.Study, name: str) -> Split:
             raise UserError(f"no folder {base / part}: a data set needs {', '.join(SPLITS)}")
     class_names = sorted(path.name for path in (base / "train").iterdir() if path.is_dir())
     if len(class_names) < 2:
-        raise UserError(f"{base / 'train'} has {len(class_names)} class folders: at least two are needed, one for each class")
+        raise UserError(
+            f"{base / 'train'} has {len(class_names)} class folders: at least two are needed, one for each class"
+        )
     paths, labels = [], []
     for folder in sorted(path for path in (base / name).iterdir() if path.is_dir()):
         if folder.name not in class_names:

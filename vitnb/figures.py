@@ -12,7 +12,9 @@ from vitnb import variants
 
 PALETTE = dict(zip(variants.REGISTRY, sns.color_palette("colorblind", len(variants.REGISTRY)), strict=True))
 MARKERS = {"sdpa": "o", "fa2": "^", "math": "s"}
-sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 90, "savefig.bbox": "tight", "axes.titleweight": "bold"})
+sns.set_theme(
+    style="whitegrid", context="notebook", rc={"figure.dpi": 90, "savefig.bbox": "tight", "axes.titleweight": "bold"}
+)
 
 
 def _scatter(points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str], front: bool) -> Figure:
@@ -21,7 +23,18 @@ def _scatter(points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str],
     figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
     for axis, size in zip(axes[0], sizes, strict=True):
         panel = points[points.batch_size == size]
-        sns.scatterplot(panel, x=x, y=y, hue="variant", style="attention", markers=MARKERS, palette=PALETTE, s=130, ax=axis, legend=False)
+        sns.scatterplot(
+            panel,
+            x=x,
+            y=y,
+            hue="variant",
+            style="attention",
+            markers=MARKERS,
+            palette=PALETTE,
+            s=130,
+            ax=axis,
+            legend=False,
+        )
         for _, row in panel.iterrows():
             axis.annotate(row.variant, (row[x], row[y]), xytext=(6, 5), textcoords="offset points", fontsize=9)
         if front:
@@ -29,7 +42,9 @@ def _scatter(points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str],
             axis.plot(best[x], best[y], "--", color="0.5", zorder=0, label="Pareto front")
             axis.legend(loc="lower right")
         axis.margins(x=0.25, y=0.15)
-        axis.set(xlabel=labels[0], ylabel=labels[1], title=f"{labels[2]}, batch {size}" if len(sizes) > 1 else labels[2])
+        axis.set(
+            xlabel=labels[0], ylabel=labels[1], title=f"{labels[2]}, batch {size}" if len(sizes) > 1 else labels[2]
+        )
     return figure
 
 
@@ -39,7 +54,9 @@ def _measured(summary: pd.DataFrame) -> pd.DataFrame:
 
 def accuracy_latency(summary: pd.DataFrame) -> Figure:
     """Top-1 against p50 latency with the Pareto front, a panel for each batch size."""
-    return _scatter(_measured(summary), "latency_p50_ms", "top1", ("latency p50 (ms)", "top-1", "Accuracy and latency"), True)
+    return _scatter(
+        _measured(summary), "latency_p50_ms", "top1", ("latency p50 (ms)", "top-1", "Accuracy and latency"), True
+    )
 
 
 def _smallest_batch(summary: pd.DataFrame) -> pd.DataFrame:
@@ -49,7 +66,9 @@ def _smallest_batch(summary: pd.DataFrame) -> pd.DataFrame:
 
 def accuracy_size(summary: pd.DataFrame) -> Figure:
     """Top-1 against the checkpoint's size, with the Pareto front."""
-    return _scatter(_smallest_batch(summary), "disk_mb", "top1", ("checkpoint on disk (MB)", "top-1", "Accuracy and size"), True)
+    return _scatter(
+        _smallest_batch(summary), "disk_mb", "top1", ("checkpoint on disk (MB)", "top-1", "Accuracy and size"), True
+    )
 
 
 def size_memory(summary: pd.DataFrame) -> Figure:
@@ -75,8 +94,19 @@ def latency_distribution(records: list[dict]) -> Figure:
     sizes = sorted(long.batch.unique())
     figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
     for axis, size in zip(axes[0], sizes, strict=True):
-        sns.boxplot(long[long.batch == size], y="variant", x="ms", hue="variant", palette=PALETTE, whis=(5, 95), showfliers=False, ax=axis)
-        axis.set(title=f"Latency of one forward, batch {size}", xlabel="ms (box: quartiles, whiskers: p5 and p95)", ylabel="")
+        sns.boxplot(
+            long[long.batch == size],
+            y="variant",
+            x="ms",
+            hue="variant",
+            palette=PALETTE,
+            whis=(5, 95),
+            showfliers=False,
+            ax=axis,
+        )
+        axis.set(
+            title=f"Latency of one forward, batch {size}", xlabel="ms (box: quartiles, whiskers: p5 and p95)", ylabel=""
+        )
         axis.set_xlim(left=0)
     return figure
 
@@ -88,7 +118,11 @@ def operators(record: dict, count: int = 10) -> Figure:
     longest.index = longest.index.str.replace("aten::", "").str.slice(0, 40)
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     sns.barplot(x=longest.values, y=longest.index, color=PALETTE[record["asked"]["variant"]], ax=axis)
-    axis.set(title=f"Where a forward goes: {record['asked']['variant']}, batch {trace['batch_size']}", xlabel="own time (ms)", ylabel="")
+    axis.set(
+        title=f"Where a forward goes: {record['asked']['variant']}, batch {trace['batch_size']}",
+        xlabel="own time (ms)",
+        ylabel="",
+    )
     return figure
 
 
@@ -107,7 +141,10 @@ def confusion(counts: np.ndarray) -> Figure:
     """A confusion matrix as a heat map, each row normalized."""
     figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
     share = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    sns.heatmap(share, cmap="mako_r", vmin=0, vmax=1, square=True, xticklabels=False, yticklabels=False, ax=axis, cbar_kws={"label": "share of the true class"})
+    bar = {"label": "share of the true class"}
+    sns.heatmap(
+        share, cmap="mako_r", vmin=0, vmax=1, square=True, ax=axis, cbar_kws=bar, xticklabels=False, yticklabels=False
+    )
     axis.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix")
     return figure
 
@@ -116,12 +153,16 @@ def ablation_layers(rows: list[dict]) -> Figure:
     """KL to full precision and top-1 when one layer is kept in 16 bits, a column a bit width; dashed: none kept."""
     table = pd.DataFrame(rows)
     widths = sorted(table[table.bits < 32].bits.unique())
-    figure, axes = plt.subplots(2, len(widths), figsize=(5.6 * len(widths), 5.4), squeeze=False, sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(widths), figsize=(5.6 * len(widths), 5.4), squeeze=False, sharex=True, layout="constrained"
+    )
     for column, bits in zip(axes.T, widths, strict=True):
         group = table[table.bits == bits].set_index("kept")
         single = group[group.index.str.startswith("layer ")]
         layer = single.index.str.removeprefix("layer ").astype(int)
-        for axis, y, label in zip(column, ("kl", "top1"), ("KL to full precision (nats)", "validation top-1"), strict=True):
+        for axis, y, label in zip(
+            column, ("kl", "top1"), ("KL to full precision (nats)", "validation top-1"), strict=True
+        ):
             sns.scatterplot(x=layer, y=single[y], s=70, color="#0173b2", ax=axis)
             axis.axhline(group.loc["none", y], ls="--", color="0.4", label="none kept")
             axis.axhline(group.loc["all", y], ls=":", color="0.4", label="all kept (16 bits)")
@@ -134,10 +175,14 @@ def ablation_layers(rows: list[dict]) -> Figure:
 def ablation_ends(rows: list[dict]) -> Figure:
     """KL with no layer kept, with the first and the last kept, and with all kept."""
     table = pd.DataFrame(rows)
-    chosen = table[table.kept.isin(["none", "first and last", "all"])].assign(width=lambda t: t.bits.astype(str) + "-bit")
+    chosen = table[table.kept.isin(["none", "first and last", "all"])].assign(
+        width=lambda t: t.bits.astype(str) + "-bit"
+    )
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
     sns.barplot(chosen, x="kl", y="kept", hue="width", palette="crest", ax=axis)
-    axis.set(xlabel="KL to full precision (nats)", ylabel="kept in 16 bits", title="Do the first and the last layer matter?")
+    axis.set(
+        xlabel="KL to full precision (nats)", ylabel="kept in 16 bits", title="Do the first and the last layer matter?"
+    )
     axis.legend(title="")
     return figure
 
@@ -145,7 +190,9 @@ def ablation_ends(rows: list[dict]) -> Figure:
 def gallery(images: list[Image.Image], titles: list[str], right: list[bool] | None = None, columns: int = 6) -> Figure:
     """A grid of pictures with titles; a wrong prediction's title is red."""
     lines = -(-len(images) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.1 * columns, 2.4 * lines), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
     for i, (axis, image, title) in enumerate(zip(axes.flat, images, titles, strict=False)):

@@ -40,7 +40,14 @@ def targets(model: nn.Module, asked: str) -> list[str]:
 
 
 def with_adapters(
-    study: studies.Study, class_names: list[str], *, rank=8, alpha=32, dropout=0.1, target="all", base_precision="fp32",
+    study: studies.Study,
+    class_names: list[str],
+    *,
+    rank=8,
+    alpha=32,
+    dropout=0.1,
+    target="all",
+    base_precision="fp32",
     gradient_checkpointing=False,
 ) -> PeftModel:
     """The study's base with LoRA adapters and a fresh head that is trained with them.
@@ -55,7 +62,9 @@ def with_adapters(
         raise UserError(f"rank must be at least 1, got {rank}")
     model = models.load_base(study, class_names, base_precision)
     head, chosen = quantize.head(model), targets(model, target)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen, modules_to_save=[head])
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen, modules_to_save=[head]
+    )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return get_peft_model(model, config)
@@ -87,7 +96,9 @@ def top1(model: nn.Module, pixels: data.Pixels, on: torch.device) -> float:
     return right / len(pixels)
 
 
-def train(model: PeftModel, study: studies.Study, processor, train: data.Split, valid: data.Split, *, seed=0, epochs=None) -> list[dict]:
+def train(
+    model: PeftModel, study: studies.Study, processor, train: data.Split, valid: data.Split, *, seed=0, epochs=None
+) -> list[dict]:
     """Train adapters and head; keep the epoch with the best validation top-1; return the learning curve, a row an epoch.
 
     AdamW under a one-cycle schedule, random crops and flips, early stop after ``study.finetune.patience`` epochs
@@ -102,7 +113,9 @@ def train(model: PeftModel, study: studies.Study, processor, train: data.Split, 
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=budget.learning_rate, weight_decay=0.01)
     steps = -(-len(images) // budget.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.learning_rate, total_steps=steps * budget.epochs, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, budget.learning_rate, total_steps=steps * budget.epochs, pct_start=0.2
+    )
     scaler = torch.amp.GradScaler(on.type, enabled=models.half(on) == torch.float16)
     history, best, kept = [], -1.0, {}
     model.train()
@@ -122,7 +135,8 @@ def train(model: PeftModel, study: studies.Study, processor, train: data.Split, 
         row = {"epoch": epoch + 1, "loss": total / len(images), "valid_top1": top1(model, held_out, on)}
         row["seconds"] = round(time.perf_counter() - begin, 1)
         history.append(row)
-        print(f"epoch {epoch + 1:2d}/{budget.epochs}  loss {row['loss']:.3f}  valid top-1 {row['valid_top1']:.3f}  {row['seconds']:.0f} s", flush=True)
+        progress = f"epoch {epoch + 1:2d}/{budget.epochs}  loss {row['loss']:.3f}  valid top-1 {row['valid_top1']:.3f}"
+        print(f"{progress}  {row['seconds']:.0f} s", flush=True)
         if row["valid_top1"] > best:
             best, kept = row["valid_top1"], {name: p.detach().clone() for name, p in learned.items()}
         elif epoch + 1 - max(history, key=lambda r: r["valid_top1"])["epoch"] >= budget.patience:
@@ -157,7 +171,9 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
         for weights in ("nf4", "int8"):
             settings = quantize.config(weights, quantize.keep(merged))
             on = models.device()
-            small = models._from_pretrained(part / "merged", dtype=torch.bfloat16, quantization_config=settings, device_map={"": on})
+            small = models._from_pretrained(
+                part / "merged", dtype=torch.bfloat16, quantization_config=settings, device_map={"": on}
+            )
             quantize.check_counts(small, quantized=True)
             quantize.forbid_packing(small).save_pretrained(part / weights)
         for name in EXPORTS:

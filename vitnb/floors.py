@@ -24,7 +24,9 @@ def on_pixels(train: data.Split, test: data.Split, processor) -> float:
 def _features(model, split: data.Split, processor) -> np.ndarray:
     """What the head would see, [images, hidden]."""
     seen, on = [], models.device()
-    hook = model.get_submodule(quantize.head(model)).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    hook = model.get_submodule(quantize.head(model)).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].float().cpu())
+    )
     with finetune.precision(on):
         for pixels, _ in data.batches(data.Pixels(split, processor), 128):
             model(pixel_values=pixels.to(on))
@@ -36,5 +38,7 @@ def on_untrained_base(study: studies.Study, train: data.Split, test: data.Split,
     """Test top-1 of a trained head (logistic regression, scikit-learn) on the base's architecture with random weights."""
     config = AutoConfig.from_pretrained(models.find_base(study), num_labels=len(train.class_names))
     model = AutoModelForImageClassification.from_config(config).to(models.device()).eval()
-    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(_features(model, train, processor), train.labels)
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(
+        _features(model, train, processor), train.labels
+    )
     return float(head.score(_features(model, test, processor), test.labels))

@@ -30,9 +30,13 @@ def half(on: torch.device) -> torch.dtype:
 def safe(folder: Path) -> Path:
     """The folder, once it is sure that opening it runs no code: safetensors only, no pickles."""
     if not list(folder.glob("*.safetensors")):
-        pickles = [path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(suffix)]
+        pickles = [
+            path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(suffix)
+        ]
         if pickles:
-            raise UserError(f"{folder / pickles[0]} is a pickle, which can run code when opened: save the model as safetensors")
+            raise UserError(
+                f"{folder / pickles[0]} is a pickle, which can run code when opened: save the model as safetensors"
+            )
         raise UserError(f"{folder} holds no *.safetensors: it is not a checkpoint")
     return folder
 
@@ -63,7 +67,9 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
         # The head's initial weights come from the full-precision load, so that every precision starts alike.
         fresh_head = model.get_submodule(quantize.head(model)).state_dict()
         settings = quantize.config(weights, quantize.keep(model), half(on))
-        model = _from_pretrained(base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options)
+        model = _from_pretrained(
+            base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options
+        )
         model.get_submodule(quantize.head(model)).load_state_dict(fresh_head)
         quantize.check_counts(model, quantized=True)
         quantize.forbid_packing(model)
@@ -81,7 +87,9 @@ def processor(source: str | Path):
 
 def _from_pretrained(source: str | Path, **options) -> nn.Module:
     try:
-        return AutoModelForImageClassification.from_pretrained(source, trust_remote_code=False, use_safetensors=True, **options)
+        return AutoModelForImageClassification.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, **options
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load {source}: {one_line(error)}") from None
 
@@ -110,7 +118,10 @@ class Loaded:
     @property
     def parameters(self) -> int:
         """The number of weights, whatever they are stored in (a 4-bit parameter holds two to a byte)."""
-        return sum(p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in self.model.parameters())
+        return sum(
+            p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel()
+            for p in self.model.parameters()
+        )
 
     def found(self) -> dict[str, object]:
         """What a record keeps of a loaded variant."""
@@ -156,10 +167,21 @@ def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None)
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             module.compute_dtype = dtype
     if variant.quantized and not getattr(model.config, "quantization_config", None):
-        raise VariantError(f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.name}'")
+        raise VariantError(
+            f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.name}'"
+        )
     quantized, kept = quantize.check_counts(model, variant.quantized)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     return Loaded(
-        variant, model, processor(folder), names, on, dtype, launched, quantized, kept,
-        disk_bytes(folder), quantize.resident_bytes(model),
+        variant,
+        model,
+        processor(folder),
+        names,
+        on,
+        dtype,
+        launched,
+        quantized,
+        kept,
+        disk_bytes(folder),
+        quantize.resident_bytes(model),
     )

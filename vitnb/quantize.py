@@ -26,7 +26,10 @@ def head(model: nn.Module) -> str:
     """The name of the classification head: the last Linear, which gives one number for each class."""
     name, module = list(linears(model).items())[-1]
     if module.out_features != model.config.num_labels:
-        raise UserError(f"no classification head: the last Linear, {name}, gives {module.out_features} numbers for {model.config.num_labels} classes")
+        raise UserError(
+            f"no classification head: the last Linear, {name}, gives {module.out_features} numbers "
+            f"for {model.config.num_labels} classes"
+        )
     return name
 
 
@@ -71,7 +74,9 @@ def check_counts(model: nn.Module, quantized: bool) -> tuple[int, int]:
     total = sum(found)
     wanted = (total - 1, 1) if quantized else (0, total)
     if found != wanted or isinstance(linears(model)[head(model)], QUANTIZED):
-        raise VariantError(f"{found[0]} Linears are quantized and {found[1]} kept; expected {wanted[0]} and {wanted[1]}, the head kept")
+        raise VariantError(
+            f"{found[0]} Linears are quantized and {found[1]} kept; expected {wanted[0]} and {wanted[1]}, the head kept"
+        )
     return found
 
 
@@ -79,8 +84,12 @@ def quantized_copy(linear: nn.Linear, bits: int, compute_dtype: torch.dtype) -> 
     """A 4-bit (NF4, double quantization) or 8-bit copy of a Linear, on its device, as the loader would make it."""
     shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if bits == 4:
-        copy = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
-        copy.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        copy = bnb.nn.Linear4bit(
+            *shape, bias=bias, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True
+        )
+        copy.weight = bnb.nn.Params4bit(
+            linear.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
         copy.support_avx512bf16_for_cpu = False
     else:
         copy = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
@@ -115,5 +124,7 @@ def resident_bytes(model: nn.Module) -> int:
         if isinstance(module, bnb.nn.Linear4bit):
             tensors += _state_tensors(getattr(module.weight, "quant_state", None))
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            tensors += [t for t in (module.state.CB, module.state.SCB, getattr(module.weight, "SCB", None)) if t is not None]
+            tensors += [
+                t for t in (module.state.CB, module.state.SCB, getattr(module.weight, "SCB", None)) if t is not None
+            ]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -6,7 +6,7 @@ import platform
 import random
 import subprocess
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +17,17 @@ from IPython import get_ipython
 from vitnb import studies, variants
 from vitnb.errors import UserError, VariantError, one_line
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn", "peft", "accelerate", "scikit-learn", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "flash-attn",
+    "peft",
+    "accelerate",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -33,7 +43,9 @@ def versions() -> dict[str, str]:
 
 def _git(*words: str) -> str:
     try:
-        return subprocess.run(["git", *words], cwd=studies.ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=studies.ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -92,7 +104,7 @@ class Run:
             "study": study.name,
             "name": self.name,
             "asked": asked,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "versions": versions(),
         }
@@ -159,7 +171,9 @@ def load(study: studies.Study) -> list[dict]:
         try:
             found.append(json.loads(path.read_text()))
         except ValueError:
-            raise UserError(f"{path} is not a record: delete it and run 'python -m vitnb study {study.name}' again") from None
+            raise UserError(
+                f"{path} is not a record: delete it and run 'python -m vitnb study {study.name}' again"
+            ) from None
     return sorted(found, key=lambda record: record["started"])
 
 

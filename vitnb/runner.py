@@ -83,7 +83,13 @@ def run(name: str, given: list[tuple[str, str]], allow_failed: bool = False) -> 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(studies.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         papermill.execute_notebook(
-            str(path), str(output), parameters, kernel_name="python3", cwd=str(Path.cwd()), progress_bar=sys.stderr.isatty(), stdout_file=sys.stdout,
+            str(path),
+            str(output),
+            parameters,
+            kernel_name="python3",
+            cwd=str(Path.cwd()),
+            progress_bar=sys.stderr.isatty(),
+            stdout_file=sys.stdout,
         )
     except PapermillExecutionError as error:
         _explain(error, output, allow_failed)
@@ -101,12 +107,16 @@ def _explain(error: PapermillExecutionError, output: Path, allow_failed: bool) -
             raise VariantError(f"{error.evalue} (its row stays in the table)") from None
         print(f"vitnb: this variant failed, and its row says so: {error.evalue}", flush=True)
         return
-    raise UserError(f"cell {error.exec_count} failed with {error.ename}: {error.evalue}; the whole trace is in {output}") from None
+    raise UserError(
+        f"cell {error.exec_count} failed with {error.ename}: {error.evalue}; the whole trace is in {output}"
+    ) from None
 
 
 def _dead(name: str, study: studies.Study, asked: dict, allow_failed: bool) -> None:
     """A kernel that was killed leaves no record: write the failed one for it."""
-    reason = VariantError("the notebook's kernel died, most likely out of memory: lower batch_size, or close other programs")
+    reason = VariantError(
+        "the notebook's kernel died, most likely out of memory: lower batch_size, or close other programs"
+    )
     if name == "evaluate":
         records.Run(name, study, asked).fail(reason)
         if allow_failed:

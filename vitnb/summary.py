@@ -59,7 +59,9 @@ def pareto(points: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
     """The rows that no other row beats: none costs no more and is worth more, or costs less and is worth no less."""
     kept = []
     for _, row in points.iterrows():
-        beaten = ((points[cost] <= row[cost]) & (points[value] > row[value])) | ((points[cost] < row[cost]) & (points[value] >= row[value]))
+        beaten = ((points[cost] <= row[cost]) & (points[value] > row[value])) | (
+            (points[cost] < row[cost]) & (points[value] >= row[value])
+        )
         if not beaten.any():
             kept.append(row)
     return pd.DataFrame(kept, columns=points.columns).sort_values(cost)
@@ -75,7 +77,8 @@ def verdicts(study: studies.Study, found: dict[str, float]) -> pd.DataFrame:
         if name in study.expected:
             low, high = study.expected[name]
             inside = low <= value <= high
-            lines.append({"result": name, "expected": f"{low} to {high}", "verdict": "as expected" if inside else f"NOT as expected: {value:.4f}"})
+            verdict = "as expected" if inside else f"NOT as expected: {value:.4f}"
+            lines.append({"result": name, "expected": f"{low} to {high}", "verdict": verdict})
     return pd.DataFrame(lines, columns=["result", "expected", "verdict"])
 
 
@@ -112,7 +115,9 @@ def finetuned(record: dict) -> dict[str, float]:
 
 def evaluated(record: dict) -> dict[str, float]:
     """Named results of an evaluate record."""
-    return {f"{record['asked']['variant']} {key}": value for key, value in accuracy.scores(record["predictions"]).items()}
+    return {
+        f"{record['asked']['variant']} {key}": value for key, value in accuracy.scores(record["predictions"]).items()
+    }
 
 
 def ablated(record: dict) -> dict[str, float]:
@@ -139,7 +144,9 @@ def recommendation(summary: pd.DataFrame) -> list[dict]:
             continue
         base = base.iloc[0]
         group = group.assign(
-            smaller=base.disk_mb / group.disk_mb, faster=base.latency_p50_ms / group.latency_p50_ms, points=100 * (base.top1 - group.top1)
+            smaller=base.disk_mb / group.disk_mb,
+            faster=base.latency_p50_ms / group.latency_p50_ms,
+            points=100 * (base.top1 - group.top1),
         )
         near = group[group.points <= TARGET_POINTS]
         needs = {
@@ -171,5 +178,8 @@ def not_comparable(summary: pd.DataFrame) -> list[str]:
     for (weights, kernel), group in summary[summary.status == "ok"].groupby(["weights", "attention_ran"]):
         names = sorted(group.variant.unique())
         if len(names) > 1:
-            notes.append(f"{' and '.join(names)} ran the same attention kernel ({kernel}, {weights} weights): a difference between them is noise, not attention.")
+            notes.append(
+                f"{' and '.join(names)} ran the same attention kernel ({kernel}, {weights} weights): "
+                "they cannot be compared, a difference between them is noise, not attention."
+            )
     return notes

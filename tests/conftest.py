@@ -1,0 +1,103 @@
+"""Shared by the tests: a *mini* study that trains in seconds, with a tiny ViT of random weights on drawn shapes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from vitnb import data, finetune, models, studies
+
+CLASSES = ("circle", "cross", "ring", "square")
+
+STUDY = """
+title: A tiny ViT on drawn shapes
+question: Does everything work?
+data: {folder}/shapes
+base: {folder}/base
+variants: [fp32-sdpa, nf4-fa2]
+batch_sizes: [1, 3]
+finetune: {{epochs: 2, batch_size: 8, learning_rate: 0.003}}
+latency: {{samples: 12, seconds: 0.5}}
+expected:
+  fp32-sdpa top1: [0.0, 1.0]
+"""
+
+
+def shape(kind: str, random: np.random.RandomState, size: int = 40) -> Image.Image:
+    """One picture of a class: a shape of random colour, place and size on a noisy ground."""
+    ground = random.randint(0, 90, (size, size, 3)).astype(np.uint8)
+    image = Image.fromarray(ground)
+    pen = ImageDraw.Draw(image)
+    radius = random.randint(7, 13)
+    x, y = random.randint(radius, size - radius, 2)
+    box, colour = (x - radius, y - radius, x + radius, y + radius), tuple(int(c) for c in random.randint(120, 256, 3))
+    if kind == "circle":
+        pen.ellipse(box, fill=colour)
+    elif kind == "ring":
+        pen.ellipse(box, outline=colour, width=3)
+    elif kind == "square":
+        pen.rectangle(box, fill=colour)
+    else:
+        pen.line((x - radius, y, x + radius, y), fill=colour, width=4)
+        pen.line((x, y - radius, x, y + radius), fill=colour, width=4)
+    return image
+
+
+def write_shapes(root: Path, per_class: dict[str, int]) -> None:
+    random = np.random.RandomState(3)
+    for split, count in per_class.items():
+        for kind in CLASSES:
+            (root / split / kind).mkdir(parents=True)
+            for i in range(count):
+                shape(kind, random).save(root / split / kind / f"{i:02d}.png")
+
+
+def write_base(folder: Path) -> None:
+    torch.manual_seed(5)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=128, image_size=32, patch_size=8, num_labels=2,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="session")
+def mini_yaml(tmp_path_factory) -> Path:
+    """The path of the mini study's YAML, with its images and its base beside it."""
+    folder = tmp_path_factory.mktemp("mini")
+    write_shapes(folder / "shapes", {"train": 8, "valid": 5, "test": 6})
+    write_base(folder / "base")
+    path = folder / "mini.yaml"
+    path.write_text(STUDY.format(folder=folder))
+    return path
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory):
+    """An output root for this session's studies; commands started by tests inherit it."""
+    before, root = os.environ.get("VITNB_OUTPUTS"), tmp_path_factory.mktemp("outputs")
+    os.environ["VITNB_OUTPUTS"] = str(root)
+    yield root
+    if before is None:
+        del os.environ["VITNB_OUTPUTS"]
+    else:
+        os.environ["VITNB_OUTPUTS"] = before
+
+
+@pytest.fixture(scope="session")
+def mini(mini_yaml, outputs) -> studies.Study:
+    """The mini study, fine-tuned and exported (no records written)."""
+    study = studies.load(str(mini_yaml))
+    train, valid = data.split(study, "train"), data.split(study, "valid")
+    processor = models.processor(models.find_base(study))
+    torch.manual_seed(0)
+    model = finetune.with_adapters(study, train.class_names)
+    finetune.train(model, study, processor, train, valid)
+    finetune.export(model, study, processor, train.class_names)
+    return study
