@@ -9,9 +9,18 @@ records = study.outputs / "records"
 source = asked if asked.endswith((".yaml", ".yml")) else studies.ROOT / "studies" / f"{asked}.yaml"
 
 
+measured = [
+    records / "finetune.json",
+    *(records / f"evaluate-{variant}.json" for variant in study.variants),
+    records / "ablate.json",
+    records / "infer.json",
+]
+
+
 rule all:
     input:
         study.outputs / "report.html",
+        measured,  # a lost record is made again even if the report is newer
 
 
 rule finetune:
@@ -62,10 +71,8 @@ rule infer:
 
 rule report:
     input:
-        records / "finetune.json",
-        expand(records / "evaluate-{variant}.json", variant=study.variants),
-        records / "ablate.json",
-        records / "infer.json",
+        source,
+        measured,
     output:
         study.outputs / "report.html",
         study.outputs / "summary.csv",

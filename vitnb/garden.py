@@ -3,7 +3,7 @@
 No photograph, no download, the same bytes on every machine. A *species* is a row of traits: how many petals, how wide and
 how pointed they are, their colours and marks, the disc and the stamens. A *pose* is one photograph of it: where the flower
 stands, how it is turned and tilted, the light, what lies behind and before it. Species come in genera: cousins share most
-traits and differ in two, which is what makes the study's species hard to tell apart.
+traits and differ in three, which is what makes the study's species hard to tell apart.
 """
 
 import functools
@@ -21,7 +21,7 @@ from vitnb.flowers import COLOURS, POSES, TRAITS, draw, rgb
 VARIATION = 1.0  # the difficulty: how much one species varies from image to image (0: not at all)
 STUDY_SPECIES, PRETRAINING_SPECIES = 102, 800
 IMAGES_PER_CLASS = {"train": 10, "valid": 10, "test": 20}
-MARGIN = 0.3  # least distance between two species, in units of the traits' ranges (see `distance`)
+MARGIN = 0.7  # least distance between two species, in units of the traits' ranges (see `distance`)
 
 FAMILIES = (  # what a genus narrows: daisies, primroses, poppies, lilies, dahlias, anemones
     {"petals": (13, 21), "width": (0.8, 1.2), "whorls": (1, 2), "disc": (0.17, 0.3), "reach": (-1, 0),
@@ -41,7 +41,7 @@ _HEART = rgb("f4c424 d67818 56321a b0be46 3c1a32 faeca0")
 _LEAF = rgb("427834 608c42 2e5c3a 78925c")
 _PALETTES = {"tip": _PETAL, "base": _PETAL + _HEART[:4], "mark": _DARK, "heart": _HEART, "anther": _HEART + _DARK[:2],
              "leaf": _LEAF}  # fmt: skip
-# Two of these tell one cousin from the other.
+# Three of these tell one cousin from the other.
 _TELLING = ("petals", "width", "peak", "point", "notch", "throat", "stripe", "veins", "spots", "rim", "disc", "reach",
             "tip", "base", "heart")  # fmt: skip
 
@@ -62,7 +62,7 @@ def species(count: int, seed: int, stream: int) -> tuple[np.ndarray, list[int]]:
         for _ in range(int(random() * 5)):
             while True:
                 mutant = genes.copy()
-                for gene in random(2):
+                for gene in random(3):
                     name = _TELLING[int(gene * len(_TELLING))]
                     column = list(TRAITS).index(name) if name in TRAITS else len(TRAITS) + COLOURS.index(name)
                     mutant[column] = (mutant[column] + 0.25 + 0.5 * random()) % 1.0

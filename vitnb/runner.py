@@ -90,6 +90,7 @@ def run(name: str, given: list[tuple[str, str]], allow_failed: bool = False) -> 
             cwd=str(Path.cwd()),
             progress_bar=sys.stderr.isatty(),
             stdout_file=sys.stdout,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
         )
     except PapermillExecutionError as error:
         _explain(error, output, allow_failed)

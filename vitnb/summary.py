@@ -82,6 +82,11 @@ def verdicts(study: studies.Study, found: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["result", "expected", "verdict"])
 
 
+def told(table: pd.DataFrame) -> str:
+    """Verdicts as text."""
+    return "the study expects nothing in particular of this" if table.empty else table.to_string(index=False)
+
+
 def results(study: studies.Study) -> dict[str, float]:
     """Every result of a study that its YAML may expect, by name: ``fp32-sdpa top1``, ``nf4 disk ratio`` and so on."""
     found = {}
