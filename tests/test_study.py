@@ -1,0 +1,131 @@
+"""A whole study, as `vitnb study` runs it: what is made, what is made again, and that every number follows from a record."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import f1_score, top_k_accuracy_score
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def vitnb(*words: str, outputs: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"VITNB_OUTPUTS": str(outputs), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "vitnb", *words], env=env, cwd=outputs, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def done(mini_yaml, tmp_path_factory) -> Path:
+    """The mini study's results, from an empty output root."""
+    root = tmp_path_factory.mktemp("study")
+    ended = vitnb("study", str(mini_yaml), outputs=root)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return root / "mini"
+
+
+def load(done: Path, name: str) -> dict:
+    return json.loads((done / "records" / f"{name}.json").read_text())
+
+
+def test_what_a_study_leaves(done):
+    for name in ("report.html", "summary.csv", "predictions.csv", "ablation.csv"):
+        assert (done / name).stat().st_size > 100
+    assert {path.stem for path in (done / "records").iterdir()} == {
+        "finetune", "evaluate-fp32-sdpa", "evaluate-nf4-fa2", "ablate", "infer",
+    }  # fmt: skip
+    assert not [path for path in done.rglob(".*") if path.name != ".snakemake_timestamp"], "something half-written was left"
+
+
+def test_the_report_is_one_file_that_names_every_variant(done):
+    page = (done / "report.html").read_text()
+    assert "fp32-sdpa" in page and "nf4-fa2" in page and page.count("data:image/png;base64") >= 7
+    assert "src=\"http" not in page and "href=\"http" not in page and "<script" not in page
+
+
+def test_summary_follows_from_the_raw_records(done):
+    """Every value of summary.csv again, from raw samples and predictions, without the package."""
+    table = pd.read_csv(done / "summary.csv")
+    assert list(zip(table.variant, table.batch_size, strict=True)) == [
+        ("fp32-sdpa", 1), ("fp32-sdpa", 3), ("nf4-fa2", 1), ("nf4-fa2", 3),
+    ]  # fmt: skip
+    checked = {"variant", "batch_size"}
+    for row in table.to_dict("records"):
+        record = load(done, row["record"])
+        timing = next(t for t in record["timings"] if t["batch_size"] == row["batch_size"])
+        trace = next(t for t in record["traces"] if t["batch_size"] == row["batch_size"])
+        samples = sorted(timing["samples_ms"])
+        labels, top5 = np.array(record["predictions"]["labels"]), np.array(record["predictions"]["top5"])
+        classes = top5.max() + 1
+        ranks = np.zeros((len(labels), classes))  # a score for scikit-learn: the likelier, the higher
+        for k in range(top5.shape[1]):
+            ranks[np.arange(len(labels)), top5[:, k]] = 10 - k
+
+        def percentile(share, samples=samples):
+            """Linear between the two nearest ranks."""
+            at = share * (len(samples) - 1)
+            low = math.floor(at)
+            return samples[low] + (at - low) * (samples[min(low + 1, len(samples) - 1)] - samples[low])
+
+        files = done / "checkpoints" / {"fp32": "merged", "nf4": "nf4"}[row["weights"]]
+        expected = {
+            "weights": row["variant"].split("-")[0], "attention": row["variant"].split("-")[1], "status": "ok", "reason": np.nan,
+            "attention_ran": trace["attention_ran"], "images": len(labels), "record": record["name"],
+            "top1": sum(a == b for a, b in zip(labels, top5[:, 0], strict=True)) / len(labels),
+            "top5": 1.0 if classes <= 5 else top_k_accuracy_score(labels, ranks, k=5, labels=range(classes)),
+            "f1": f1_score(labels, top5[:, 0], average="weighted", zero_division=0),
+            "parameters": record["parameters"], "linears_quantized": 18 * (row["weights"] == "nf4"),
+            "linears_kept": 1 if row["weights"] == "nf4" else 19,
+            "latency_mean_ms": math.fsum(samples) / len(samples), "latency_p50_ms": percentile(0.5),
+            "latency_p95_ms": percentile(0.95), "latency_p99_ms": percentile(0.99) if len(samples) >= 1000 else np.nan,
+            "latency_samples": len(samples), "throughput_ips": timing["images_per_second"],
+            "disk_mb": sum(path.stat().st_size for path in files.iterdir()) / 2**20,
+            "resident_mb": record["resident_bytes"] / 2**20,
+            "peak_mb": (record["resident_bytes"] + trace["activations_bytes"]) / 2**20,
+            "attention_time_ms": trace["attention_ms"], "total_time_ms": sum(trace["operators_ms"].values()),
+            "device": record["machine"]["gpu"] or record["machine"]["cpu"],
+        }  # fmt: skip
+        for name, value in expected.items():
+            found = row[name]
+            same = found == pytest.approx(value, rel=1e-9, nan_ok=True) if isinstance(value, float) else found == value
+            assert same, f"{row['variant']} batch {row['batch_size']}: {name} is {found}, the record says {value}"
+        checked |= set(expected)
+    assert checked == set(table.columns), "a column that nothing recomputes"
+
+
+def test_throughput_and_latency_agree(done):
+    """Images per second over the whole loop can be no higher than the samples allow."""
+    for name in ("evaluate-fp32-sdpa", "evaluate-nf4-fa2"):
+        for timing in load(done, name)["timings"]:
+            busy = sum(timing["samples_ms"]) / 1e3
+            assert 0.5 < timing["images_per_second"] / (timing["batch_size"] * len(timing["samples_ms"]) / busy) <= 1.0
+
+
+def test_attention_that_ran(done):
+    assert [load(done, "evaluate-nf4-fa2")["traces"][i]["attention_ran"] for i in (0, 1)] == ["flash-cpu"] * 2
+
+
+def test_a_second_run_makes_nothing_and_a_lost_record_is_made_again(done, mini_yaml):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    assert vitnb("study", str(mini_yaml), outputs=done.parent).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
+    lost = done / "records" / "evaluate-nf4-fa2.json"
+    lost.unlink()
+    ended = vitnb("study", str(mini_yaml), outputs=done.parent)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    made = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert {path.relative_to(done).as_posix() for path in made} == {
+        "records/evaluate-nf4-fa2.json", "notebooks/evaluate-nf4-fa2.ipynb", "report.html", "summary.csv",
+    }  # fmt: skip
+
+
+def test_one_seed_gives_the_same_predictions_byte_for_byte(done, mini_yaml, tmp_path):
+    for words in (["run", "finetune"], ["run", "infer"]):
+        ended = vitnb(*words, "-p", "study", str(mini_yaml), outputs=tmp_path)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert (tmp_path / "mini" / "predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
