@@ -21,7 +21,7 @@ from vitnb.flowers import COLOURS, POSES, TRAITS, draw, rgb
 VARIATION = 1.0  # the difficulty: how much one species varies from image to image (0: not at all)
 STUDY_SPECIES, PRETRAINING_SPECIES = 102, 800
 IMAGES_PER_CLASS = {"train": 10, "valid": 10, "test": 20}
-MARGIN = 0.7  # least distance between two species, in units of the traits' ranges (see `distance`)
+MARGIN = 0.8  # least distance between two species, in units of the traits' ranges (see `distance`)
 
 FAMILIES = (  # what a genus narrows: daisies, primroses, poppies, lilies, dahlias, anemones
     {"petals": (13, 21), "width": (0.8, 1.2), "whorls": (1, 2), "disc": (0.17, 0.3), "reach": (-1, 0),

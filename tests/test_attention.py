@@ -1,0 +1,110 @@
+"""Attention kernels against the formula, and against a profiler's word for what ran."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from vitnb import attention, data, models, variants
+from vitnb.errors import VariantError
+
+
+@pytest.fixture
+def qkv() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, 17, 64) for _ in range(3)]
+
+
+def formula(query, key, value, scale) -> torch.Tensor:
+    """softmax(q k^T scale) v in float64, as [batch, tokens, heads, head]."""
+    weights = (query.double() @ key.double().transpose(-1, -2) * scale).softmax(-1)
+    return (weights @ value.double()).transpose(1, 2)
+
+
+@pytest.mark.parametrize("launched", ["sdpa", "math", "torch-flash"])
+@pytest.mark.parametrize("scale", [1 / 8, 0.3])
+def test_attention_is_the_formula_whatever_mask_is_given(qkv, launched, scale):
+    mask = torch.full((2, 1, 17, 17), -math.inf)
+    mask[..., 0] = 0  # would let every token see the first one alone
+    with attention.forced(launched):
+        out, weights = attention._sdpa(None, *qkv, attention_mask=mask, scaling=scale)
+    torch.testing.assert_close(out.double(), formula(*qkv, scale), atol=1e-5, rtol=1e-5)
+    assert weights is None and out.shape == (2, 17, 3, 64)
+
+
+@pytest.mark.parametrize(("launched", "kernel"), [("math", "math"), ("torch-flash", "flash-cpu")])
+def test_a_forced_kernel_is_the_one_that_runs(qkv, launched, kernel):
+    with attention.forced(launched), profile() as profiled:
+        attention._sdpa(None, *qkv, attention_mask=None)
+    assert attention.ran({event.key for event in profiled.key_averages()}) == kernel
+
+
+def test_no_mask_reaches_the_kernel(mini, monkeypatch):
+    """Not even one that is handed to the model; with transformers' own attention it would arrive."""
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    loaded = models.load(mini, variants.get("fp32-sdpa"))
+    pixels = data.first_batch(data.split(mini, "test"), loaded.processor, 2)
+    mask = torch.zeros(2, 17, dtype=torch.bool)
+    mask[:, 0] = True
+    with loaded.running() as model:
+        free = model(pixel_values=pixels).logits
+        masked = model(pixel_values=pixels, attention_mask=mask).logits
+        assert seen and all(mask is None for mask in seen) and torch.equal(free, masked)
+        model.set_attn_implementation("sdpa")
+        model(pixel_values=pixels, attention_mask=mask)
+    assert any(mask is not None for mask in seen), "the spy must be able to see a mask"
+
+
+def test_launch_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert [attention.launch(name, cpu) for name in ("sdpa", "math", "fa2")] == ["sdpa", "math", "torch-flash"]
+
+
+def test_fa2_on_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(VariantError, match="SM75"):
+        attention.launch("fa2", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("there", "launched"), [(True, "flash-attn"), (False, "torch-flash")])
+def test_fa2_on_a_new_gpu(monkeypatch, there, launched):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention, "find_spec", lambda name: object() if there else None)
+    assert attention.launch("fa2", torch.device("cuda")) == launched
+
+
+@pytest.mark.parametrize(
+    ("launched", "kernel"),
+    [("math", "flash-cpu"), ("torch-flash", "math"), ("flash-attn", "flash"), ("flash-attn", "cudnn"), ("torch-flash", "cudnn")],
+)
+def test_another_kernel_than_the_name_allows_is_an_error(launched, kernel):
+    with pytest.raises(VariantError, match="was asked for"):
+        attention.check(launched, kernel)
+
+
+def test_kernels_that_names_allow():
+    for launched, kernel in [("sdpa", "cudnn"), ("sdpa", "math"), ("math", "math"), ("torch-flash", "flash"), ("flash-attn", "flash-attn")]:
+        attention.check(launched, kernel)
+
+
+@pytest.mark.parametrize("operators", [set(), {"aten::addmm"}, {"aten::_scaled_dot_product_attention_math", "flash_attn::_flash_attn_forward"}])
+def test_a_trace_must_show_one_kernel(operators):
+    with pytest.raises(VariantError, match="one was expected"):
+        attention.ran(operators)
+
+
+def test_a_kernel_that_pytorch_lacks_is_told_as_a_failed_variant():
+    with pytest.raises(VariantError, match="no torch-flash attention kernel"), attention.forced("torch-flash"):
+        raise RuntimeError("No available kernel. Aborting execution.")
+    with pytest.raises(RuntimeError, match="something else"), attention.forced("math"):
+        raise RuntimeError("something else")
+    assert isinstance(nullcontext(), nullcontext)

@@ -1,0 +1,159 @@
+"""Fine-tuning: what is trained, what is kept, and that the export is what was trained."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitnb import data, finetune, models, quantize
+from vitnb.errors import UserError
+
+
+@pytest.fixture
+def shapes(mini):
+    return data.split(mini, "train"), data.split(mini, "valid"), models.processor(models.find_base(mini))
+
+
+def fit(mini, shapes, seed=0, **options):
+    train, valid, processor = shapes
+    torch.manual_seed(seed)
+    model = finetune.with_adapters(mini, train.class_names, **options)
+    return model, finetune.train(model, mini, processor, train, valid, seed=seed)
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4", "int8"])
+def test_adapters_and_head_are_trained_and_nothing_else(mini, shapes, precision):
+    train, valid, processor = shapes
+    torch.manual_seed(0)
+    model = finetune.with_adapters(mini, train.class_names, base_precision=precision)
+    before = snapshot(model)
+    finetune.train(model, mini, processor, train, valid)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    head = {name for name in before if "classifier.modules_to_save" in name}
+    adapters = {name for name in before if "lora_" in name}
+    assert len(head) == 2 and len(adapters) == 2 * 18
+    assert changed == head | adapters
+    counts = finetune.trained(model)
+    assert counts["head"] == 64 * 4 + 4
+    inputs_and_outputs = 4 * (64 + 64) + (64 + 128) + (128 + 64)
+    assert counts["adapters"] == 3 * 8 * inputs_and_outputs
+
+
+def test_targets_by_name(mini):
+    model = models.load_base(mini, ["a", "b"])
+    count = {asked: len(finetune.targets(model, asked)) for asked in ("all", "attention", "mlp", "q_proj,v_proj", "fc1")}
+    assert count == {"all": 18, "attention": 12, "mlp": 6, "q_proj,v_proj": 6, "fc1": 3}
+    with pytest.raises(UserError, match="did you mean 'q_proj'"):
+        finetune.targets(model, "q_prj")
+    assert "classifier" not in finetune.targets(model, "all")
+
+
+def test_the_merged_model_answers_like_the_adapters(mini, shapes):
+    model, _ = fit(mini, shapes)
+    pixels = data.first_batch(shapes[0], shapes[2], 8)
+    with torch.inference_mode():
+        adapted = model.eval()(pixel_values=pixels).logits
+        merged = finetune.merge(model, mini, shapes[0].class_names)(pixel_values=pixels).logits
+        model.disable_adapter_layers()
+        bare = model(pixel_values=pixels).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-4)
+    assert (bare - adapted).abs().max() > 1e-2, "the adapters must do something, or this test shows nothing"
+
+
+def test_qlora_adapters_are_merged_into_full_precision(mini, shapes):
+    model, _ = fit(mini, shapes, base_precision="nf4")
+    merged = finetune.merge(model, mini, shapes[0].class_names)
+    assert quantize.count(merged) == (0, 19)
+    base = models.load_base(mini, shapes[0].class_names)
+    name = "vit.layers.1.mlp.fc1"
+    layer = model.get_base_model().get_submodule(name)
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (32 / 8)
+    torch.testing.assert_close(merged.get_submodule(name).weight, base.get_submodule(name).weight + delta, atol=1e-6, rtol=1e-5)
+
+
+def test_a_seed_decides_everything(mini, shapes):
+    (one, first), (two, second), (other, third) = (fit(mini, shapes, seed) for seed in (7, 7, 8))
+    plain = [[{k: v for k, v in row.items() if k != "seconds"} for row in history] for history in (first, second, third)]
+    assert plain[0] == plain[1] != plain[2]
+    a, b = snapshot(one), snapshot(two)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_best_epoch_is_kept_and_the_training_stops_early(mini, shapes, monkeypatch):
+    scores, states = iter([0.2, 0.6, 0.5, 0.4, 0.9]), []
+    train, valid, processor = shapes
+    torch.manual_seed(0)
+    model = finetune.with_adapters(mini, train.class_names)
+
+    def scripted(model, pixels, on):
+        states.append(snapshot(model))
+        return next(scores)
+
+    monkeypatch.setattr(finetune, "top1", scripted)
+    object.__setattr__(mini.finetune, "patience", 2)
+    try:
+        history = finetune.train(model, mini, processor, train, valid, epochs=5)
+    finally:
+        object.__setattr__(mini.finetune, "patience", 4)
+    assert [row["valid_top1"] for row in history] == [0.2, 0.6, 0.5, 0.4]
+    kept = snapshot(model)
+    assert all(torch.equal(kept[name], states[1][name]) for name in kept)
+    assert not all(torch.equal(kept[name], states[3][name]) for name in kept)
+
+
+def test_validation_top1_counts_right_answers(mini, shapes):
+    train, valid, processor = shapes
+    model = finetune.with_adapters(mini, train.class_names)
+    with torch.no_grad():  # a head that always answers class 2
+        head = model.get_base_model().classifier.modules_to_save["default"]
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    found = finetune.top1(model, data.Pixels(valid, processor), torch.device("cpu"))
+    assert found == valid.labels.count(2) / len(valid) == 0.25 and model.training
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(mini, shapes):
+    train, _, processor = shapes
+    pixels, found = data.first_batch(train, processor, 4), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = finetune.with_adapters(mini, train.class_names, dropout=0.0, gradient_checkpointing=checkpointing)
+        torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.tensor([0, 1, 2, 3])).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 38
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
+@pytest.mark.parametrize(("options", "epochs"), [({"rank": 0}, 1), ({}, 0)])
+def test_numbers_that_make_no_sense(mini, shapes, options, epochs):
+    train, valid, processor = shapes
+    with pytest.raises(UserError, match="must be at least 1"):
+        model = finetune.with_adapters(mini, train.class_names, **options)
+        finetune.train(model, mini, processor, train, valid, epochs=epochs)
+
+
+def test_an_export_is_whole_or_leaves_the_old_one(mini, shapes):
+    model, _ = fit(mini, shapes, seed=5)
+    before = {path: path.read_bytes() for path in (mini.outputs / "checkpoints").rglob("*") if path.is_file()}
+    calls = []
+
+    class Broken:
+        def save_pretrained(self, folder):
+            calls.append(folder)
+            if len(calls) == 3:
+                raise OSError("no space left")
+            shapes[2].save_pretrained(folder)
+
+    with pytest.raises(OSError, match="no space left"):
+        finetune.export(model, mini, Broken(), shapes[0].class_names)
+    assert {path: path.read_bytes() for path in (mini.outputs / "checkpoints").rglob("*") if path.is_file()} == before
+    assert [path.name for path in mini.outputs.iterdir() if path.name.startswith(".")] == []
+
+
+def test_export_sizes_are_those_of_the_files(mini):
+    weights = load_file(mini.checkpoint("merged") / "model.safetensors")
+    assert models.disk_bytes(mini.checkpoint("merged")) > 4 * sum(tensor.numel() for tensor in weights.values())
