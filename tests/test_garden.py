@@ -64,7 +64,7 @@ def test_no_image_twice():
 
 
 def test_another_seed_gives_other_flowers():
-    assert garden.distance(garden.species(102, 0, 0)[0], garden.species(102, 1, 0)[0]) > garden.MARGIN
+    assert garden.distance(garden.species(102, 0, 0)[0], garden.species(102, 1, 0)[0]) > garden.PRETRAINING_MARGIN
 
 
 def test_unknown_split_and_wrong_width_are_refused():
@@ -77,8 +77,8 @@ def test_unknown_split_and_wrong_width_are_refused():
 def test_species_differ_and_pretraining_has_others():
     study, others = garden.species(102, 0, 0)[0], garden.species(800, 0, 1)[0]
     assert study.shape[0] == 102 and others.shape[0] == 800
-    assert garden.distance(study, others) >= garden.MARGIN
-    assert min(garden.distance(study[i : i + 1], np.delete(study, i, 0)) for i in range(102)) >= garden.MARGIN - 1e-6
+    assert garden.distance(study, others) >= garden.PRETRAINING_MARGIN
+    assert min(garden.distance(study[i : i + 1], np.delete(study, i, 0)) for i in range(102)) >= garden.STUDY_MARGIN - 1e-6
     assert garden.distance(study[:5], study[4:]) == 0, "the measure must see a species that is in both"
 
 

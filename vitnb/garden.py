@@ -21,7 +21,9 @@ from vitnb.flowers import COLOURS, POSES, TRAITS, draw, rgb
 VARIATION = 1.0  # the difficulty: how much one species varies from image to image (0: not at all)
 STUDY_SPECIES, PRETRAINING_SPECIES = 102, 800
 IMAGES_PER_CLASS = {"train": 10, "valid": 10, "test": 20}
-MARGIN = 0.8  # least distance between two species, in units of the traits' ranges (see `distance`)
+# Least distance between two species, in units of the traits' ranges (see `distance`). The pretraining species are closer
+# kin, so that the base must learn finer differences than the study asks for.
+STUDY_MARGIN, PRETRAINING_MARGIN = 1.0, 0.8
 
 FAMILIES = (  # what a genus narrows: daisies, primroses, poppies, lilies, dahlias, anemones
     {"petals": (13, 21), "width": (0.8, 1.2), "whorls": (1, 2), "disc": (0.17, 0.3), "reach": (-1, 0),
@@ -53,6 +55,7 @@ def species(count: int, seed: int, stream: int) -> tuple[np.ndarray, list[int]]:
     Streams of one seed are independent: 0 for the study, 1 for pretraining.
     """
     random = np.random.RandomState([seed, stream, 7]).random_sample  # NumPy freezes this stream for good
+    margin = PRETRAINING_MARGIN if stream else STUDY_MARGIN
     rows, genera = [], []
     genus = -1
     while len(rows) < count:
@@ -67,10 +70,10 @@ def species(count: int, seed: int, stream: int) -> tuple[np.ndarray, list[int]]:
                     column = list(TRAITS).index(name) if name in TRAITS else len(TRAITS) + COLOURS.index(name)
                     mutant[column] = (mutant[column] + 0.25 + 0.5 * random()) % 1.0
                 row = _express(family, mutant)
-                if distance(row[None], np.stack(cousins)) >= MARGIN:  # a mutation can be silent
+                if distance(row[None], np.stack(cousins)) >= margin:  # a mutation can be silent
                     break
             cousins.append(row)
-        if not rows or distance(np.stack(cousins), np.stack(rows)) >= MARGIN:
+        if not rows or distance(np.stack(cousins), np.stack(rows)) >= margin:
             rows += cousins
             genera += [genus] * len(cousins)
     return np.stack(rows[:count]).astype(np.float32), genera[:count]
