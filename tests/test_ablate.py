@@ -13,17 +13,25 @@ from vitnb.errors import UserError
 def test_kl_is_pytorchs():
     torch.manual_seed(0)
     reference, other = torch.randn(2, 40, 9, dtype=torch.float64) * 3
-    oracle = torch.nn.functional.kl_div(other.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    oracle = torch.nn.functional.kl_div(
+        other.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
     torch.testing.assert_close(ablate.kl(reference, other), oracle)
     assert (ablate.kl(reference, other) > 0).all() and (ablate.kl(reference, reference + 4.0).abs() < 1e-12).all()
 
 
 def test_layers_of_a_vit_in_order():
-    config = ViTConfig(hidden_size=64, num_hidden_layers=12, num_attention_heads=1, intermediate_size=64, image_size=16, patch_size=8)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=12, num_attention_heads=1, intermediate_size=64, image_size=16, patch_size=8
+    )
     model = ViTForImageClassification(config)
     assert ablate.layers(model) == [f"vit.layers.{i}" for i in range(12)]
     found = ablate.configurations(model)
-    assert len(found) == 15 and found["first and last"] == ["vit.layers.0", "vit.layers.11"] and found["layer 10"] == ["vit.layers.10"]
+    assert (
+        len(found) == 15
+        and found["first and last"] == ["vit.layers.0", "vit.layers.11"]
+        and found["layer 10"] == ["vit.layers.10"]
+    )
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
@@ -33,7 +41,9 @@ def test_a_kept_layer_is_kept_and_the_others_are_not(mini, bits, kind):
     board = ablate.Switchboard(model, bits, torch.bfloat16)
     assert board.keep(["vit.layers.1"]) == (12, 7)
     types = {name: type(module).__name__ for name, module in quantize.linears(model).items()}
-    assert {name for name, found in types.items() if found == "Linear"} == {n for n in types if "layers.1." in n or n == "classifier"}
+    assert {name for name, found in types.items() if found == "Linear"} == {
+        n for n in types if "layers.1." in n or n == "classifier"
+    }
     assert {found for name, found in types.items() if "layers.1." not in name and name != "classifier"} == {kind}
     assert board.keep([]) == (18, 1) and board.keep(["vit.layers.0", "vit.layers.2"]) == (6, 13)
     restored = quantize.linears(board.restore())
@@ -48,7 +58,9 @@ def test_keeping_what_is_not_there(mini):
 
 @pytest.fixture(scope="module")
 def rows(mini):
-    return ablate.sensitivity(models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "valid"), [4, 8], torch.bfloat16)
+    return ablate.sensitivity(
+        models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "valid"), [4, 8], torch.bfloat16
+    )
 
 
 def test_rows_of_a_sensitivity_study(mini, rows):
@@ -90,7 +102,9 @@ def test_replaying_the_first_layers_changes_no_bit(mini, rows, monkeypatch):
         yield
 
     monkeypatch.setattr(ablate, "_replayed", nothing)
-    again = ablate.sensitivity(models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "valid"), [4, 8], torch.bfloat16)
+    again = ablate.sensitivity(
+        models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "valid"), [4, 8], torch.bfloat16
+    )
     assert again == rows
 
 

@@ -84,7 +84,13 @@ def test_fa2_on_a_new_gpu(monkeypatch, there, launched):
 
 @pytest.mark.parametrize(
     ("launched", "kernel"),
-    [("math", "flash-cpu"), ("torch-flash", "math"), ("flash-attn", "flash"), ("flash-attn", "cudnn"), ("torch-flash", "cudnn")],
+    [
+        ("math", "flash-cpu"),
+        ("torch-flash", "math"),
+        ("flash-attn", "flash"),
+        ("flash-attn", "cudnn"),
+        ("torch-flash", "cudnn"),
+    ],
 )
 def test_another_kernel_than_the_name_allows_is_an_error(launched, kernel):
     with pytest.raises(VariantError, match="was asked for"):
@@ -92,11 +98,20 @@ def test_another_kernel_than_the_name_allows_is_an_error(launched, kernel):
 
 
 def test_kernels_that_names_allow():
-    for launched, kernel in [("sdpa", "cudnn"), ("sdpa", "math"), ("math", "math"), ("torch-flash", "flash"), ("flash-attn", "flash-attn")]:
+    for launched, kernel in [
+        ("sdpa", "cudnn"),
+        ("sdpa", "math"),
+        ("math", "math"),
+        ("torch-flash", "flash"),
+        ("flash-attn", "flash-attn"),
+    ]:
         attention.check(launched, kernel)
 
 
-@pytest.mark.parametrize("operators", [set(), {"aten::addmm"}, {"aten::_scaled_dot_product_attention_math", "flash_attn::_flash_attn_forward"}])
+@pytest.mark.parametrize(
+    "operators",
+    [set(), {"aten::addmm"}, {"aten::_scaled_dot_product_attention_math", "flash_attn::_flash_attn_forward"}],
+)
 def test_a_trace_must_show_one_kernel(operators):
     with pytest.raises(VariantError, match="one was expected"):
         attention.ran(operators)

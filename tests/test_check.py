@@ -31,7 +31,10 @@ def rewrite(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("name", "words"), [("merged", "0 Linears quantized, 19 kept"), ("nf4", "4-bit, as declared"), ("int8", "8-bit, as declared")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("merged", "0 Linears quantized, 19 kept"), ("nf4", "4-bit, as declared"), ("int8", "8-bit, as declared")],
+)
 def test_an_export_passes(mini, capsys, name, words):
     assert cli.main(["check", str(mini.checkpoint(name))]) == 0
     printed = capsys.readouterr().out
@@ -51,7 +54,9 @@ def test_weights_that_do_not_fit_the_config(broken):
     rewrite(folder, lambda tensors: tensors.pop("classifier.bias"))
     with pytest.raises(UserError, match=r"1 missing keys, such as classifier.bias"):
         check.check(folder)
-    rewrite(folder, lambda tensors: tensors.update({"classifier.bias": torch.zeros(4), "surplus.weight": torch.zeros(2)}))
+    rewrite(
+        folder, lambda tensors: tensors.update({"classifier.bias": torch.zeros(4), "surplus.weight": torch.zeros(2)})
+    )
     with pytest.raises(UserError, match=r"1 unexpected keys, such as surplus.weight"):
         check.check(folder)
 
@@ -97,5 +102,5 @@ def test_pickles_missing_folders_and_bad_config(broken, tmp_path):
         check.check(tmp_path / "nowhere")
     folder = broken()
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
         check.check(folder)

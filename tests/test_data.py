@@ -16,7 +16,9 @@ def shapes(tmp_path, mini_yaml):
     """A copy of the mini study with its own images, for damage."""
     write_shapes(tmp_path / "shapes", {"train": 3, "valid": 2, "test": 2})
     path = tmp_path / "own.yaml"
-    lines = [f"data: {tmp_path}/shapes" if line.startswith("data:") else line for line in mini_yaml.read_text().splitlines()]
+    lines = [
+        f"data: {tmp_path}/shapes" if line.startswith("data:") else line for line in mini_yaml.read_text().splitlines()
+    ]
     path.write_text("\n".join(lines))
     return studies.load(str(path)), tmp_path / "shapes"
 
@@ -54,7 +56,7 @@ def test_a_class_that_was_not_trained(shapes):
 def test_missing_splits_and_too_few_classes(shapes, tmp_path):
     study, root = shapes
     (root / "valid").rename(root / "validation")
-    with pytest.raises(UserError, match="no folder .*valid: a data set needs train, valid, test"):
+    with pytest.raises(UserError, match=r"no folder .*valid: a data set needs train, valid, test"):
         data.split(study, "valid")
     for kind in CLASSES[1:]:
         (root / "train" / kind).rename(tmp_path / kind)
@@ -158,7 +160,9 @@ def test_augmentation_stays_within_its_bounds():
 def _lies_in(window: np.ndarray, pixels: np.ndarray) -> bool:
     rows, columns = np.nonzero((pixels == window[0, 0]).all(-1))
     height, width = window.shape[:2]
-    return any(np.array_equal(pixels[y : y + height, x : x + width], window) for y, x in zip(rows, columns, strict=True))
+    return any(
+        np.array_equal(pixels[y : y + height, x : x + width], window) for y, x in zip(rows, columns, strict=True)
+    )
 
 
 def test_an_image_of_an_epoch_is_always_the_same(shapes):
@@ -173,7 +177,10 @@ def test_an_image_of_an_epoch_is_always_the_same(shapes):
 
 def test_batches_hold_every_image_once_in_a_seeded_order(shapes):
     split = data.split(shapes[0], "train")
-    orders = [[int(label) for _, labels in data.batches(data.Pixels(split, processor()), 5, seed) for label in labels] for seed in (None, 1, 1, 2)]
+    orders = [
+        [int(label) for _, labels in data.batches(data.Pixels(split, processor()), 5, seed) for label in labels]
+        for seed in (None, 1, 1, 2)
+    ]
     assert orders[0] == split.labels and orders[1] == orders[2] != orders[3]
     assert all(sorted(order) == split.labels for order in orders)
 

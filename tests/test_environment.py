@@ -29,7 +29,18 @@ def test_conda_and_pip_ask_for_the_same():
 
 
 def test_what_the_project_is_made_of_is_there():
-    asked = {"torch", "transformers", "bitsandbytes", "flash-attn", "peft", "jupyterlab", "papermill", "nbval", "seaborn", "scikit-learn"}
+    asked = {
+        "torch",
+        "transformers",
+        "bitsandbytes",
+        "flash-attn",
+        "peft",
+        "jupyterlab",
+        "papermill",
+        "nbval",
+        "seaborn",
+        "scikit-learn",
+    }
     assert asked <= set(ranges(project()["dependencies"] + project()["optional-dependencies"]["gpu"]))
 
 

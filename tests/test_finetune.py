@@ -44,7 +44,9 @@ def test_adapters_and_head_are_trained_and_nothing_else(mini, shapes, precision)
 
 def test_targets_by_name(mini):
     model = models.load_base(mini, ["a", "b"])
-    count = {asked: len(finetune.targets(model, asked)) for asked in ("all", "attention", "mlp", "q_proj,v_proj", "fc1")}
+    count = {
+        asked: len(finetune.targets(model, asked)) for asked in ("all", "attention", "mlp", "q_proj,v_proj", "fc1")
+    }
     assert count == {"all": 18, "attention": 12, "mlp": 6, "q_proj,v_proj": 6, "fc1": 3}
     with pytest.raises(UserError, match="did you mean 'q_proj'"):
         finetune.targets(model, "q_prj")
@@ -71,12 +73,16 @@ def test_qlora_adapters_are_merged_into_full_precision(mini, shapes):
     name = "vit.layers.1.mlp.fc1"
     layer = model.get_base_model().get_submodule(name)
     delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (32 / 8)
-    torch.testing.assert_close(merged.get_submodule(name).weight, base.get_submodule(name).weight + delta, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        merged.get_submodule(name).weight, base.get_submodule(name).weight + delta, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_a_seed_decides_everything(mini, shapes):
-    (one, first), (two, second), (other, third) = (fit(mini, shapes, seed) for seed in (7, 7, 8))
-    plain = [[{k: v for k, v in row.items() if k != "seconds"} for row in history] for history in (first, second, third)]
+    (one, first), (two, second), (_, third) = (fit(mini, shapes, seed) for seed in (7, 7, 8))
+    plain = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in history] for history in (first, second, third)
+    ]
     assert plain[0] == plain[1] != plain[2]
     a, b = snapshot(one), snapshot(two)
     assert all(torch.equal(a[name], b[name]) for name in a)

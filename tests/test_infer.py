@@ -26,7 +26,7 @@ def folder(tmp_path):
     plain.convert("CMYK").save(root / "b" / "print.jpg")
     plain.convert("L").save(root / "b" / "grey.bmp")
     plain.save(root / "b" / "moving.gif", save_all=True, append_images=[shape("ring", random, 200)])
-    Image.fromarray((np.asarray(plain.convert("L")).astype(np.uint16) * 257)).save(root / "b" / "deep.png")
+    Image.fromarray(np.asarray(plain.convert("L")).astype(np.uint16) * 257).save(root / "b" / "deep.png")
     (root / "b" / "cut.jpg").write_bytes((root / "b" / "good.jpg").read_bytes()[:1500])
     (root / "b" / "text.png").write_text("hello")
     (root / "b" / "empty.png").write_bytes(b"")
@@ -51,7 +51,10 @@ def test_every_file_has_its_row_and_bad_ones_their_reason(mini, loaded, folder):
 
 def test_names_and_probabilities_are_plain_transformers(mini, loaded, folder):
     checkpoint = mini.checkpoint("merged")
-    model, processor = AutoModelForImageClassification.from_pretrained(checkpoint).eval(), AutoImageProcessor.from_pretrained(checkpoint)
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(checkpoint).eval(),
+        AutoImageProcessor.from_pretrained(checkpoint),
+    )
     rows, _ = infer.classify(loaded, *infer.sources(mini, str(folder))[::-1])
     for row in rows:
         if row["error"]:

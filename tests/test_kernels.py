@@ -15,7 +15,10 @@ def loaded_and_pixels(mini, name):
     return loaded, data.first_batch(data.split(mini, "test"), loaded.processor, 4)
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("fp32-math", "math"), ("fp32-sdpa", "flash-cpu"), ("nf4-fa2", "flash-cpu"), ("int8-fa2", "flash-cpu")])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("fp32-math", "math"), ("fp32-sdpa", "flash-cpu"), ("nf4-fa2", "flash-cpu"), ("int8-fa2", "flash-cpu")],
+)
 def test_the_trace_names_the_kernel_and_its_share(mini, name, kernel):
     if torch.cuda.is_available():
         pytest.skip("the kernels of a CPU")

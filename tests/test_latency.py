@@ -59,7 +59,9 @@ def test_seconds_end_it_as_well(fake):
 
 
 def test_at_least_one_sample(fake):
-    assert len(latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=10, seconds=0.0))["samples_ms"]) == 1
+    assert (
+        len(latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=10, seconds=0.0))["samples_ms"]) == 1
+    )
 
 
 def test_statistics_of_known_samples():

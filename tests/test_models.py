@@ -27,7 +27,9 @@ print(json.dumps({"names": model.config.id2label, "size": list(inputs["pixel_val
 """
 
 
-@pytest.mark.parametrize(("name", "types"), [("merged", ["Linear"]), ("nf4", ["Linear", "Linear4bit"]), ("int8", ["Linear", "Linear8bitLt"])])
+@pytest.mark.parametrize(
+    ("name", "types"), [("merged", ["Linear"]), ("nf4", ["Linear", "Linear4bit"]), ("int8", ["Linear", "Linear8bitLt"])]
+)
 def test_an_export_loads_without_this_package(mini, tmp_path, name, types):
     picture = next((studies.ROOT / mini.data / "test" / "ring").iterdir())
     words = [sys.executable, "-c", PLAIN, str(mini.checkpoint(name)), str(picture)]
@@ -63,7 +65,10 @@ def test_nf4_holds_the_merged_weights(mini):
     for name, module in quantize.linears(small).items():
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             oracle = functional.quantize_4bit(plain[name].weight.data, quant_type="nf4", compress_statistics=True)
-            assert torch.equal(functional.dequantize_4bit(module.weight.data, module.weight.quant_state), functional.dequantize_4bit(*oracle))
+            assert torch.equal(
+                functional.dequantize_4bit(module.weight.data, module.weight.quant_state),
+                functional.dequantize_4bit(*oracle),
+            )
             counted += 1
         else:
             assert torch.equal(module.weight, plain[name].weight)
@@ -84,7 +89,10 @@ def test_a_variant_tells_what_was_loaded(mini):
     full, small = (models.load(mini, variants.get(name)) for name in ("fp32-sdpa", "nf4-sdpa"))
     weights = load_file(mini.checkpoint("merged") / "model.safetensors")
     assert full.parameters == small.parameters == sum(tensor.numel() for tensor in weights.values())
-    assert (full.linears_quantized, full.linears_kept) == (0, 19) and (small.linears_quantized, small.linears_kept) == (18, 1)
+    assert (full.linears_quantized, full.linears_kept) == (0, 19) and (small.linears_quantized, small.linears_kept) == (
+        18,
+        1,
+    )
     assert full.dtype == torch.float32 and small.dtype == torch.bfloat16
     assert small.class_names == ["circle", "cross", "ring", "square"]
     files = [path.stat().st_size for path in mini.checkpoint("nf4").iterdir()]

@@ -48,7 +48,11 @@ def test_logic_lives_in_the_package(name):
     lines = 0
     for cell in code(name):
         lines += sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
-        defined = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
+        defined = [
+            node
+            for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))
+        ]
         assert not defined
     assert 10 < lines <= 60
 
@@ -81,10 +85,21 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     parameters = {"study": str(mini_yaml), "variant": "nf4-fa2"}
-    papermill.execute_notebook(str(runner.FOLDER / "evaluate.ipynb"), "out.ipynb", parameters, kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(
+        str(runner.FOLDER / "evaluate.ipynb"), "out.ipynb", parameters, kernel_name="python3", progress_bar=False
+    )
     two = json.loads(path.read_text())
     assert one.keys() == two.keys()
-    for key in ("asked", "predictions", "parameters", "linears_quantized", "linears_kept", "resident_bytes", "disk_bytes", "versions"):
+    for key in (
+        "asked",
+        "predictions",
+        "parameters",
+        "linears_quantized",
+        "linears_kept",
+        "resident_bytes",
+        "disk_bytes",
+        "versions",
+    ):
         assert one[key] == two[key], key
     assert [len(t["samples_ms"]) for t in one["timings"]] == [len(t["samples_ms"]) for t in two["timings"]]
 
@@ -115,10 +130,23 @@ def test_a_random_head_fails_the_checked_cells(tmp_path):
     folder = tmp_path / "embedded" / "checkpoints"
     models.load_base(study, names).save_pretrained(folder / "merged")
     settings = quantize.config("nf4", ["classifier"])
-    AutoModelForImageClassification.from_pretrained(folder / "merged", dtype=torch.bfloat16, quantization_config=settings).save_pretrained(folder / "nf4")
+    AutoModelForImageClassification.from_pretrained(
+        folder / "merged", dtype=torch.bfloat16, quantization_config=settings
+    ).save_pretrained(folder / "nf4")
     models.processor(models.find_base(study)).save_pretrained(folder / "nf4")
-    words = ["-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "notebooks/evaluate.ipynb"]
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "-p",
+        "no:cacheprovider",
+        "notebooks/evaluate.ipynb",
+    ]
     env = os.environ | {"VITNB_OUTPUTS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, *words], env=env, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stdout
-    assert "NOT as expected" in ended.stdout and "1 failed" in ended.stdout, "the cell of the scores fails, and no other"
+    assert "NOT as expected" in ended.stdout and "1 failed" in ended.stdout, (
+        "the cell of the scores fails, and no other"
+    )

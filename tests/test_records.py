@@ -23,12 +23,22 @@ def start(study, notebook="evaluate", **asked):
 
 def test_values_survive_exactly(study):
     samples = [0.1 + 0.2, 1e-300, math.pi]
-    found = {"samples": samples, "array": np.float32([0.1, 7]), "count": np.int64(3), "tensor": torch.tensor([1, 2]), "scalar": torch.tensor(0.5)}
+    found = {
+        "samples": samples,
+        "array": np.float32([0.1, 7]),
+        "count": np.int64(3),
+        "tensor": torch.tensor([1, 2]),
+        "scalar": torch.tensor(0.5),
+    }
     run = start(study)
     returned = run.save(**found)
     written = json.loads(run.path.read_text())
     assert written == returned and written["samples"] == samples and written["status"] == "ok"
-    assert written["array"] == [float(np.float32(0.1)), 7.0] and (written["count"], written["tensor"], written["scalar"]) == (3, [1, 2], 0.5)
+    assert written["array"] == [float(np.float32(0.1)), 7.0] and (
+        written["count"],
+        written["tensor"],
+        written["scalar"],
+    ) == (3, [1, 2], 0.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), object(), {1, 2}])
@@ -64,7 +74,10 @@ def test_a_failed_variant_keeps_what_was_asked_and_why(study):
 def test_names_tell_what_was_asked(study):
     assert start(study).name == "evaluate-nf4-sdpa" and start(study, batch_size=8).name == "evaluate-nf4-sdpa-b8"
     assert start(study, batch_size=8).batch_sizes == [8]
-    assert start(study, "infer", images=None).name == "infer" and start(study, "infer", images="some/pics/").name == "infer-pics"
+    assert (
+        start(study, "infer", images=None).name == "infer"
+        and start(study, "infer", images="some/pics/").name == "infer-pics"
+    )
     assert records.Run("finetune", study, {}).name == "finetune"
     with pytest.raises(UserError, match="at least 1"):
         start(study, batch_size=-1)

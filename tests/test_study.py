@@ -39,13 +39,15 @@ def test_what_a_study_leaves(done):
     assert {path.stem for path in (done / "records").iterdir()} == {
         "finetune", "evaluate-fp32-sdpa", "evaluate-nf4-fa2", "ablate", "infer",
     }  # fmt: skip
-    assert not [path for path in done.rglob(".*") if path.name != ".snakemake_timestamp"], "something half-written was left"
+    assert not [path for path in done.rglob(".*") if path.name != ".snakemake_timestamp"], (
+        "something half-written was left"
+    )
 
 
 def test_the_report_is_one_file_that_names_every_variant(done):
     page = (done / "report.html").read_text()
     assert "fp32-sdpa" in page and "nf4-fa2" in page and page.count("data:image/png;base64") >= 7
-    assert "src=\"http" not in page and "href=\"http" not in page and "<script" not in page
+    assert 'src="http' not in page and 'href="http' not in page and "<script" not in page
 
 
 def test_summary_follows_from_the_raw_records(done):

@@ -75,7 +75,9 @@ def _study(args) -> None:
         "--keep-incomplete",
     ]
     command += ["--config", f"study={args.study}"] + ["--dry-run"] * args.dry_run
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(studies.ROOT)}, check=False)
+    # The jobs must import the same vitnb, also where it is not installed.
+    python_path = os.pathsep.join([str(studies.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": python_path}, check=False)
     if done.returncode:
         raise UserError(
             f"study {study.name} stopped; the line above says why. What is done is kept: run it again to go on"
