@@ -64,7 +64,7 @@ def test_weights_that_do_not_fit_the_config(broken):
 def test_a_config_of_another_size(broken):
     folder = broken()
     edit(folder / "config.json", hidden_size=128)
-    with pytest.raises(UserError, match="mismatched keys"):
+    with pytest.raises(UserError, match=r"52 mismatched keys, such as classifier.weight: \[4, 64\] and not \[4, 128\]"):
         check.check(folder)
 
 
@@ -90,6 +90,35 @@ def test_quantization_that_is_declared_and_not_there(broken, mini):
     declared = json.loads((mini.checkpoint("nf4") / "config.json").read_text())["quantization_config"]
     edit(folder / "config.json", quantization_config=declared)
     with pytest.raises(UserError, match="declares 4-bit weights and none are there"):
+        check.check(folder)
+
+
+def test_quantization_of_another_kind(broken):
+    folder = broken()
+    for method in ("gptq", "unheard-of"):
+        edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+        with pytest.raises(UserError, match=rf"does not load|quantized by {method}"):
+            check.check(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("model.safetensors.index.json", "is no index of weights"), ("preprocessor_config.json", "has no preprocessing")],
+)
+def test_a_file_that_holds_something_else(broken, name, line):
+    folder = broken()
+    (folder / name).write_text("[]")
+    with pytest.raises(UserError, match=line):
+        check.check(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"), [({"hidden_size": "wide"}, "cannot be read"), ({"patch_size": 0}, "does not load")]
+)
+def test_a_config_with_a_senseless_value(broken, change, line):
+    folder = broken()
+    edit(folder / "config.json", **change)
+    with pytest.raises(UserError, match=line):
         check.check(folder)
 
 

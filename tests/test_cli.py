@@ -1,8 +1,13 @@
 """What a user can get wrong: one line that names the fix, exit code 1 or 2, nothing written, no kernel started."""
 
+import json
+
 import papermill
 import pytest
 import torch
+import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 
 from vitnb import cli, records, runner, studies
 from vitnb.errors import UserError
@@ -34,6 +39,8 @@ def refused(capsys, *words: str) -> str:
         (["evaluate", "-p", "batch_size", "two"], "must be int, got 'two'"),
         (["evaluate", "-p", "batch_size", "1.5"], "must be int"),
         (["evaluate", "-p", "batch_size", "true"], "must be int"),
+        (["evaluate", "-p", "batch_size", "["], "must be int, got '['"),
+        (["evaluate", "-p", "batch_size", "0"], "at least 1"),
         (["finetune", "-p", "gradient_checkpointing", "1"], "must be true or false"),
         (["evaluate", "-p", "study", "no/such/file.yaml"], "no study 'no/such/file.yaml'"),
     ],
@@ -83,6 +90,46 @@ def test_a_missing_base_says_how_to_restore_it(capsys, mini_yaml, tmp_path):
     assert "no base model at" in refused(capsys, "study", str(path))
 
 
+def test_a_missing_checkpoint_names_the_command(capsys, mini_yaml, tmp_path, monkeypatch):
+    """Found by the notebook itself: its error comes out of the kernel as one line, and no record is written."""
+    monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
+    line = refused(capsys, "run", "infer", "-p", "study", str(mini_yaml))
+    assert "no checkpoint at" in line and "python -m vitnb run finetune -p study" in line
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["infer.ipynb"]
+
+
+def raises(monkeypatch, error: Exception) -> None:
+    """Let every notebook end with an error."""
+
+    def execute(*_, **__):
+        raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+
+
+def test_an_error_nobody_foresaw_is_one_line_that_says_where_its_trace_is(capsys, mini_yaml, monkeypatch, outputs):
+    raises(monkeypatch, PapermillExecutionError(1, 3, "source", "RuntimeError", "it broke\nbadly", []))
+    line = refused(capsys, "run", "ablate", "-p", "study", str(mini_yaml))
+    assert "cell 3 failed with RuntimeError: it broke" in line
+    assert str(outputs / "mini" / "notebooks" / "ablate.ipynb") in line
+
+
+def test_a_killed_kernel_leaves_a_failed_row(capsys, mini_yaml, monkeypatch, tmp_path):
+    """The kernel could write no record itself; only evaluate has rows, and only there may a study go on."""
+    monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
+    raises(monkeypatch, DeadKernelError("Kernel died"))
+    words = ["-p", "study", str(mini_yaml), "-p", "variant", "int8-sdpa", "-p", "batch_size", "2"]
+    assert "out of memory" in refused(capsys, "run", "evaluate", *words)
+    assert cli.main(["run", "evaluate", *words, "--allow-failed"]) == 0
+    (path,) = (tmp_path / "mini" / "records").iterdir()
+    record = json.loads(path.read_text())
+    assert path.name == "evaluate-int8-sdpa-b2.json"
+    assert record["status"] == "failed" and "out of memory" in record["reason"]
+    assert (record["asked"]["variant"], record["asked"]["batch_sizes"]) == ("int8-sdpa", [2])
+    assert "out of memory" in refused(capsys, "run", "infer", "-p", "study", str(mini_yaml), "--allow-failed")
+    assert len(list(path.parent.iterdir())) == 1
+
+
 def test_a_report_without_records(capsys, outputs):
     line = refused(capsys, "report", "embedded")
     assert "python -m vitnb study embedded" in line and not (outputs / "embedded" / "report.html").exists()
@@ -111,17 +158,31 @@ def test_variants_are_listed(capsys):
         ("ablate_bits: [3]", "may hold 4 and 8"),
         ("finetune: {epoch: 3}", "did you mean 'epochs'"),
         ("latency: 5", "expected a mapping"),
-        ("title: [", "not valid YAML"),
+        ("title: [", "not valid YAML: line "),
+        ("batch_sizes: 5", "'batch_sizes' must be list[int], got 5"),
+        ("batch_sizes: [true]", "'batch_sizes' must be list[int]"),
+        ("batch_sizes: []", "batch_sizes must be positive"),
+        ("variants: fp32-sdpa", "'variants' must be list[str], got 'fp32-sdpa'"),
+        ("variants: []", "must name at least one"),
+        ("ablate_bits: [[4]]", "'ablate_bits' must be list[int]"),
+        ("seed: true", "'seed' must be int, got True"),
+        ("expected: {valid top1: 0.9}", "'expected' must be dict[str, list[float]]"),
+        ("expected: {valid top1: [0.9]}", "must be [low, high], got [0.9]"),
+        ("expected: {valid top1: [0.9, 0.8]}", "must be [low, high], got [0.9, 0.8]"),
+        ("finetune: {epochs: 0}", "'epochs' cannot be 0"),
+        ("finetune: {crop_scale: 1.5}", "'crop_scale' cannot be 1.5"),
+        ("requires: gpus", "'gpu' or left out"),
+        ("name: ../elsewhere", "a folder below outputs/"),
     ],
 )
-def test_a_study_file_with_a_mistake(tmp_path, mini_yaml, text, fix):
-    path = tmp_path / "mine.yaml"
-    key = text.split(":")[0]
-    kept = [line for line in mini_yaml.read_text().splitlines() if not line.startswith(f"{key}:")]
-    path.write_text("\n".join([*kept, text]))
-    with pytest.raises(UserError) as error:
-        studies.load(str(path))
-    assert fix in str(error.value) and "\n" not in str(error.value)
+def test_a_study_file_with_a_mistake(tmp_path, mini_yaml, capsys, kernels, outputs, text, fix):
+    path, before = tmp_path / "mine.yaml", sorted(outputs.rglob("*"))
+    kept = yaml.safe_load(mini_yaml.read_text())
+    kept.pop(text.split(":")[0], None)
+    path.write_text(yaml.safe_dump(kept) + text)
+    line = refused(capsys, "run", "evaluate", "-p", "study", str(path))
+    assert fix in line
+    assert kernels == [] and sorted(outputs.rglob("*")) == before
 
 
 def test_a_study_file_that_is_a_list_or_lacks_a_field(tmp_path):
@@ -130,8 +191,17 @@ def test_a_study_file_that_is_a_list_or_lacks_a_field(tmp_path):
     with pytest.raises(UserError, match="a study is a mapping"):
         studies.load(str(path))
     path.write_text("title: x\n")
-    with pytest.raises(UserError, match="question"):
+    with pytest.raises(UserError, match=r"mine\.yaml: lacks question, data, base$"):
         studies.load(str(path))
+    path.write_bytes(b"title: \xff\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        studies.load(str(path))
+
+
+def test_numbers_in_a_study_file_as_people_write_them(tmp_path, mini_yaml):
+    path = tmp_path / "mine.yaml"
+    path.write_text(mini_yaml.read_text().replace("learning_rate: 0.003", "learning_rate: 3e-3"))
+    assert studies.load(str(path)).finetune.learning_rate == 0.003
 
 
 def test_shipped_studies_load():

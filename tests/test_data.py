@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, write_shapes
-from PIL import Image
+from PIL import Image, features
 from transformers import ViTImageProcessorPil
 
 from vitnb import data, studies
@@ -141,6 +141,30 @@ def test_what_is_no_whole_picture_is_refused(tmp_path, ramp, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(data.UNREADABLE):
         data.read(tmp_path / "whole.jpg")
+
+
+def test_damaged_files_that_pillow_stumbles_over_are_refused_too(tmp_path, ramp):
+    """An AVIF without its pixels is a RuntimeError of Pillow's, and EXIF of a wrong type a TypeError or struct.error."""
+    image, exif = Image.fromarray(ramp), Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011A] = 72.5  # a resolution: the numbers that are damaged below
+    image.save(tmp_path / "whole.jpg", exif=exif)
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    entry = whole.index(b"\x01\x1a\x00\x05" if b"MM\x00*" in whole else b"\x1a\x01\x05\x00")
+    kind = entry + 2 + (b"MM\x00*" in whole)
+    (tmp_path / "exif.jpg").write_bytes(whole[:kind] + b"\x02" + whole[kind + 1 :])  # a text, they now say
+    data.read(tmp_path / "whole.jpg")
+    with pytest.raises(data.UNREADABLE):
+        data.read(tmp_path / "exif.jpg")
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    image.save(tmp_path / "whole.avif")
+    data.read(tmp_path / "whole.avif")
+    whole = (tmp_path / "whole.avif").read_bytes()
+    payload = whole.index(b"mdat") + 4
+    (tmp_path / "zeros.avif").write_bytes(whole[:payload] + bytes(len(whole) - payload))
+    with pytest.raises(data.UNREADABLE):
+        data.read(tmp_path / "zeros.avif")
 
 
 def test_augmentation_stays_within_its_bounds():

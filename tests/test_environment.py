@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,9 @@ def test_conda_and_pip_ask_for_the_same():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     from_pip = next(entry["pip"] for entry in listed if isinstance(entry, dict))
     conda = ranges([entry for entry in listed if isinstance(entry, str)] + from_pip)
-    assert conda.pop("python") == project()["requires-python"] and conda.pop("pip") == ""
+    python = SpecifierSet(conda.pop("python"))
+    assert set(SpecifierSet(project()["requires-python"])) <= set(python), "conda may narrow the range, never widen it"
+    assert python.contains("3.11") and not python.contains("3.14") and conda.pop("pip") == ""
     assert conda == ranges(project()["dependencies"] + project()["optional-dependencies"]["gpu"])
     assert "flash-attn" in conda
 

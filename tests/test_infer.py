@@ -8,7 +8,7 @@ from conftest import shape
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import data, infer, models, variants
+from vitnb import data, figures, infer, models, variants
 from vitnb.errors import UserError
 
 BAD = {"b/cut.jpg", "b/text.png", "b/empty.png"}
@@ -89,6 +89,14 @@ def test_folders_without_images(mini, tmp_path):
         infer.sources(mini, str(tmp_path))
     with pytest.raises(UserError, match="no folder"):
         infer.sources(mini, str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_a_readable_picture(mini, loaded, tmp_path):
+    """Every row has its reason, and the figure is empty; the notebook goes on to its table and its record."""
+    (tmp_path / "text.png").write_text("hello")
+    rows, _ = infer.classify(loaded, *infer.sources(mini, str(tmp_path))[::-1])
+    assert [row["path"] for row in rows] == ["text.png"] and rows[0]["error"]
+    assert not any(axis.images for axis in figures.gallery(*infer.pictures(rows, tmp_path)).axes)
 
 
 def test_pictures_for_the_eye(mini, loaded, folder):

@@ -115,7 +115,7 @@ def test_pickles_and_empty_folders_are_refused(tmp_path):
 
 
 def test_a_missing_checkpoint_names_the_command(mini):
-    with pytest.raises(UserError, match="python -m vitnb run finetune -p study mini"):
+    with pytest.raises(UserError, match=f"python -m vitnb run finetune -p study {mini.typed}"):
         models.load(mini, variants.get("nf4-sdpa"), mini.outputs / "nowhere")
 
 

@@ -106,9 +106,10 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
 
 def test_a_variant_that_fails_keeps_its_row(mini, mini_yaml, tmp_path, monkeypatch, capsys):
     """Here: an "nf4" checkpoint in which nothing is quantized."""
+    merged = mini.checkpoint("merged")
     monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
     for name in ("merged", "nf4"):
-        shutil.copytree(mini.checkpoint("merged"), studies.load(str(mini_yaml)).checkpoint(name))
+        shutil.copytree(merged, mini.checkpoint(name))
     words = ["run", "evaluate", "-p", "study", str(mini_yaml), "-p", "variant", "nf4-sdpa"]
     assert cli.main(words) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -61,7 +61,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(records.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         records.write_whole(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_variant_keeps_what_was_asked_and_why(study):
@@ -78,6 +78,8 @@ def test_names_tell_what_was_asked(study):
         start(study, "infer", images=None).name == "infer"
         and start(study, "infer", images="some/pics/").name == "infer-pics"
     )
+    assert start(study, "infer", variant="fp32-sdpa", images=None).name == "infer-fp32-sdpa"
+    assert start(study, "infer", variant="fp32-sdpa", images="pics").name == "infer-fp32-sdpa-pics"
     assert records.Run("finetune", study, {}).name == "finetune"
     with pytest.raises(UserError, match="at least 1"):
         start(study, batch_size=-1)
@@ -100,8 +102,11 @@ def test_a_seed_seeds_everything(mini_yaml, outputs):
 
 def test_records_load_oldest_first_and_a_broken_one_is_named(study):
     for name, when in (("evaluate-b", "2026-01-02"), ("evaluate-a", "2026-01-03"), ("finetune", "2026-01-01")):
-        records.write_whole(study.outputs / "records" / f"{name}.json", json.dumps({"name": name, "started": when}))
+        records.write_whole(
+            study.outputs / "records" / f"{name}.json", json.dumps({"name": name, "notebook": "x", "started": when})
+        )
     assert [record["name"] for record in records.load(study)] == ["finetune", "evaluate-b", "evaluate-a"]
-    (study.outputs / "records" / "infer.json").write_text('{"half')
-    with pytest.raises(UserError, match=r"infer.json is not a record: delete it"):
-        records.load(study)
+    for text in ('{"half', "[]", "3", "{}"):
+        (study.outputs / "records" / "infer.json").write_text(text)
+        with pytest.raises(UserError, match=r"infer.json is not a record: delete it"):
+            records.load(study)

@@ -21,7 +21,7 @@ def check(folder: str | Path) -> list[str]:
     lines = [f"safetensors   whole: {len(names)} tensors, {size / 2**20:.1f} MB"]
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers trips over
         raise UserError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from None
     lines += [_fits(folder), _classes(config), _preprocessing(folder, config)]
     declared = getattr(config, "quantization_config", None)
@@ -42,7 +42,10 @@ def _weights(folder: Path) -> tuple[set[str], int]:
             raise UserError(f"{path} is cut or damaged ({one_line(error)}): make or copy it again") from None
         size += path.stat().st_size
     index = folder / "model.safetensors.index.json"
-    missing = set(json.loads(index.read_text())["weight_map"]) - names if index.exists() else set()
+    try:
+        missing = set(json.loads(index.read_text())["weight_map"]) - names if index.exists() else set()
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is no index of weights: copy it again, or delete it if one file holds all") from None
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} tensors that its index names, such as {min(missing)}: copy all its files"
@@ -61,11 +64,13 @@ def _fits(folder: Path) -> str:
             ignore_mismatched_sizes=True,
             device_map={"": models.device()},
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever transformers trips over
         raise UserError(f"{folder} does not load: {one_line(error)}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
-            first = sorted(map(str, found[kind]))[0]
+            first = min(
+                f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k for k in found[kind]
+            )
             raise UserError(
                 f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
             )
@@ -98,6 +103,10 @@ def _quantization(folder: Path, declared) -> str:
     if declared is None:
         return "quantization  none declared, none found"
     declared = declared if isinstance(declared, dict) else declared.to_dict()
+    if declared.get("quant_method") != "bitsandbytes":
+        raise UserError(
+            f"config.json declares weights quantized by {declared.get('quant_method')}: only bitsandbytes is known here"
+        )
     wanted = "4-bit" if declared.get("load_in_4bit") else "8-bit"
     marks = {"4-bit": "quant_state", "8-bit": "SCB"}
     names, _ = _weights(folder)

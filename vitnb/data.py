@@ -1,5 +1,6 @@
 """Images: the splits of a study as folders of pictures, one folder for each class, read in one stated way."""
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,18 @@ from vitnb import garden, studies
 from vitnb.errors import UserError, one_line
 
 SPLITS = ("train", "valid", "test")
-# Everything that Pillow raises for a file that it cannot read whole.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+# Everything that Pillow raises for a file that it cannot read whole: damaged AVIF pixels are a RuntimeError, damaged
+# EXIF a TypeError or struct.error.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
@@ -98,7 +109,10 @@ def read(path: Path) -> Image.Image:
 
 
 def augment(image: Image.Image, generator: np.random.Generator, crop_scale: float) -> Image.Image:
-    """A random crop of at least ``crop_scale`` of the area, aspect 3:4 to 4:3, mirrored half of the time."""
+    """A random crop, mirrored half of the time: ``crop_scale`` to all of the area, aspect 3:4 to 4:3.
+
+    A side that would reach beyond the picture is cut to it, which makes the crop smaller than was drawn.
+    """
     area = image.width * image.height * generator.uniform(crop_scale, 1.0)
     aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
     width = min(image.width, max(1, round(float(np.sqrt(area * aspect)))))

@@ -189,7 +189,7 @@ def ablation_ends(rows: list[dict]) -> Figure:
 
 def gallery(images: list[Image.Image], titles: list[str], right: list[bool] | None = None, columns: int = 6) -> Figure:
     """A grid of pictures with titles; a wrong prediction's title is red."""
-    lines = -(-len(images) // columns)
+    lines = max(1, -(-len(images) // columns))
     figure, axes = plt.subplots(
         lines, columns, figsize=(2.1 * columns, 2.4 * lines), squeeze=False, layout="constrained"
     )

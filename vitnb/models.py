@@ -81,7 +81,7 @@ def processor(source: str | Path):
     """The image processor that travels with a base or a checkpoint, always on Pillow: one preprocessing for all."""
     try:
         return AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{source} has no preprocessing (preprocessor_config.json): {one_line(error)}") from None
 
 
@@ -154,7 +154,9 @@ def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None)
     """
     folder = checkpoint or study.checkpoint(variant.checkpoint)
     if not folder.is_dir():
-        raise UserError(f"no checkpoint at {folder}: make it with 'python -m vitnb run finetune -p study {study.name}'")
+        raise UserError(
+            f"no checkpoint at {folder}: make it with 'python -m vitnb run finetune -p study {study.typed}'"
+        )
     on = device()
     launched = attention.launch(variant.attention, on)
     dtype = torch.float32 if variant.weights == "fp32" else half(on)
@@ -168,7 +170,7 @@ def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None)
             module.compute_dtype = dtype
     if variant.quantized and not getattr(model.config, "quantization_config", None):
         raise VariantError(
-            f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.name}'"
+            f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.typed}'"
         )
     quantized, kept = quantize.check_counts(model, variant.quantized)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]

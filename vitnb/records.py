@@ -73,8 +73,11 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a killed writer, never leaves half of it behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _plain(value: object):
@@ -95,7 +98,7 @@ class Run:
         self.study = study
         self.seed = asked["seed"] = study.seed if asked.get("seed") is None else asked["seed"]
         self.variant = variants.get(asked["variant"]) if asked.get("variant") else None
-        self.name = self._name(notebook, asked)
+        self.name = self._name(notebook, study, asked)
         self.path = study.outputs / "records" / f"{self.name}.json"
         if notebook == "evaluate":
             self.batch_sizes = asked["batch_sizes"] = study.sizes(asked.get("batch_size"))
@@ -111,13 +114,18 @@ class Run:
         self._begin = time.perf_counter()
 
     @staticmethod
-    def _name(notebook: str, asked: dict) -> str:
-        """One record for each thing that can be asked of a study: a variant, a batch size, a folder of images."""
+    def _name(notebook: str, study: studies.Study, asked: dict) -> str:
+        """One record for each thing that can be asked of a study: a variant, a batch size, a folder of images.
+
+        ``infer`` with the study's own variant is plain ``infer``: the one that the report shows.
+        """
         parts = [notebook]
         if notebook == "evaluate":
             parts += [asked["variant"]] + [f"b{asked['batch_size']}"] * bool(asked.get("batch_size"))
-        elif asked.get("images"):
-            parts.append(Path(asked["images"]).expanduser().resolve().name)
+        elif notebook == "infer":
+            parts += [asked["variant"]] * (asked["variant"] != study.infer_variant)
+            if asked.get("images"):
+                parts.append(Path(asked["images"]).expanduser().resolve().name)
         return "-".join(parts)
 
     def save(self, **found) -> dict:
@@ -169,11 +177,12 @@ def load(study: studies.Study) -> list[dict]:
     found = []
     for path in sorted((study.outputs / "records").glob("*.json")):
         try:
-            found.append(json.loads(path.read_text()))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise UserError(
-                f"{path} is not a record: delete it and run 'python -m vitnb study {study.name}' again"
-            ) from None
+            record = None
+        if not isinstance(record, dict) or not {"name", "notebook", "started"} <= record.keys():
+            raise UserError(f"{path} is not a record: delete it and run 'python -m vitnb study {study.typed}' again")
+        found.append(record)
     return sorted(found, key=lambda record: record["started"])
 
 

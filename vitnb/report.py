@@ -54,7 +54,9 @@ def write(study: studies.Study) -> Path:
     found = records.load(study)
     table = summary.table(study)
     if table.empty:
-        raise UserError(f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.name}' first")
+        raise UserError(
+            f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.typed}' first"
+        )
     evaluated = [record for record in found if record["notebook"] == "evaluate"]
     finetuned, ablated, inferred = (_one(found, name) for name in ("finetune", "ablate", "infer"))
     pictures = {}

@@ -43,6 +43,7 @@ def parse(path: Path, given: list[tuple[str, str]]) -> tuple[dict[str, object], 
     asked = defaults | parameters
     study = studies.load(asked["study"])
     records.check_machine(study)
+    study.sizes(asked.get("batch_size"))
     if asked.get("variant") is not None:
         variants.get(asked["variant"])
     return parameters, asked
@@ -51,7 +52,10 @@ def parse(path: Path, given: list[tuple[str, str]]) -> tuple[dict[str, object], 
 def _typed(name: str, text: str, kind: str) -> object:
     if kind == "str":
         return text
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
     if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML takes 1e-3 for a string
@@ -108,8 +112,9 @@ def _explain(error: PapermillExecutionError, output: Path, allow_failed: bool) -
             raise VariantError(f"{error.evalue} (its row stays in the table)") from None
         print(f"vitnb: this variant failed, and its row says so: {error.evalue}", flush=True)
         return
+    said = (error.evalue.strip() or "no message").splitlines()[0]
     raise UserError(
-        f"cell {error.exec_count} failed with {error.ename}: {error.evalue}; the whole trace is in {output}"
+        f"cell {error.exec_count} failed with {error.ename}: {said}; the whole trace is in {output}"
     ) from None
 
 

@@ -4,13 +4,15 @@ A study says what is compared and within which budget, and what is expected to c
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 
 from vitnb import variants
-from vitnb.errors import UserError, nearest
+from vitnb.errors import UserError, nearest, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +55,7 @@ class Study:
     finetune: Finetune = Finetune()
     latency: Latency = Latency()
     expected: dict[str, list[float]] = field(default_factory=dict)  # name of a result -> [low, high]
+    typed: str = ""  # how the user named the study, for messages that quote a command; set by ``load``
 
     @property
     def outputs(self) -> Path:
@@ -70,21 +73,60 @@ class Study:
         return self.outputs / "checkpoints" / name
 
 
+def _is(value: object, wanted: type) -> bool:
+    """Whether a value from YAML is of a field's type; true and false are no numbers."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, parts[0]) and _is(v, parts[1]) for k, v in value.items())
+    return isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+
+
 def _typed(kind: type, values: object, where: str):
     """Build the dataclass ``kind`` from a mapping; raises UserError for an unknown key, a wrong type or a missing one."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a mapping of names to values, got {values!r}")
-    known = {f.name: f for f in fields(kind)}
-    for key, value in values.items():
+    known, values = {f.name: f for f in fields(kind)}, dict(values)
+    for key, value in list(values.items()):
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}': {nearest(key, known)}")
         wanted = known[key].type
-        if wanted in (int, float, str) and not isinstance(value, (int, float) if wanted is float else wanted):
-            raise UserError(f"{where}: '{key}' must be {wanted.__name__}, got {value!r}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from None
+        if wanted is float and isinstance(value, str):  # YAML takes 1e-3 for a string
+            with suppress(ValueError):
+                value = values[key] = float(value)
+        if not _is(value, wanted):
+            name = wanted if get_args(wanted) else wanted.__name__
+            raise UserError(f"{where}: '{key}' must be {name}, got {value!r}")
+    lacking = [
+        f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+    ]
+    if lacking:
+        raise UserError(f"{where}: lacks {', '.join(lacking)}")
+    return kind(**values)
+
+
+def _check(study: Study, path: Path) -> None:
+    """Raise UserError for a value of the right type that no study can have."""
+    if study.name in ("", ".", "..") or Path(study.name).name != study.name:
+        raise UserError(f"{path}: name is that of a folder below outputs/, got '{study.name}'")
+    if study.requires not in ("", "gpu"):
+        raise UserError(f"{path}: requires may be 'gpu' or left out, got '{study.requires}'")
+    if not study.variants:
+        raise UserError(f"{path}: variants must name at least one")
+    for name in [*study.variants, study.infer_variant]:
+        variants.get(name)
+    if not study.batch_sizes or min(study.batch_sizes) < 1:
+        raise UserError(f"{path}: batch_sizes must be positive whole numbers, got {study.batch_sizes}")
+    if not set(study.ablate_bits) <= {4, 8}:
+        raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
+    for part in ("finetune", "latency"):
+        for name, value in vars(getattr(study, part)).items():
+            if value <= 0 or (name == "crop_scale" and value > 1):
+                raise UserError(f"{path}: {part}: '{name}' cannot be {value}")
+    for name, bounds in study.expected.items():
+        if len(bounds) != 2 or bounds[0] > bounds[1]:
+            raise UserError(f"{path}: expected: '{name}' must be [low, high], got {bounds}")
 
 
 def names() -> list[str]:
@@ -102,19 +144,16 @@ def load(study: str) -> Study:
         raise UserError(f"no study '{study}': {nearest(study, names())}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}: not valid YAML: line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a study is a mapping of names to values")
-    values = {"name": path.stem} | values
+    values = {"name": path.stem} | values | {"typed": str(study)}
     for key, kind in (("finetune", Finetune), ("latency", Latency)):
         if key in values:
             values[key] = _typed(kind, values[key], f"{path}: {key}")
     loaded = _typed(Study, values, str(path))
-    for name in [*loaded.variants, loaded.infer_variant]:
-        variants.get(name)
-    if not all(isinstance(size, int) and size > 0 for size in loaded.batch_sizes):
-        raise UserError(f"{path}: batch_sizes must be positive whole numbers, got {loaded.batch_sizes}")
-    if not set(loaded.ablate_bits) <= {4, 8}:
-        raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {loaded.ablate_bits}")
+    _check(loaded, path)
     return loaded
