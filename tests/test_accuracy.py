@@ -38,7 +38,8 @@ def test_predictions_are_those_of_plain_transformers(mini):
     )
     with torch.inference_mode():
         plain = torch.cat([model(**processor(data.read(path), return_tensors="pt")).logits for path in test.paths])
-    torch.testing.assert_close(accuracy.logits(loaded, test, batch_size=5), plain, atol=1e-4, rtol=1e-4)
+    # Sums in another order; on a GPU, of another device as well.
+    torch.testing.assert_close(accuracy.logits(loaded, test, batch_size=5), plain, atol=1e-3, rtol=1e-3)
     assert [row[0] for row in found["top5"]] == plain.argmax(1).tolist()
     assert [model.config.id2label[label] for label in found["labels"]] == [path.parent.name for path in test.paths]
 

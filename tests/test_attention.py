@@ -52,8 +52,8 @@ def test_no_mask_reaches_the_kernel(mini, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     loaded = models.load(mini, variants.get("fp32-sdpa"))
-    pixels = data.first_batch(data.split(mini, "test"), loaded.processor, 2)
-    mask = torch.zeros(2, 17, dtype=torch.bool)
+    pixels = loaded.to_input(data.first_batch(data.split(mini, "test"), loaded.processor, 2))
+    mask = torch.zeros(2, 17, dtype=torch.bool, device=loaded.device)
     mask[:, 0] = True
     with loaded.running() as model:
         free = model(pixel_values=pixels).logits

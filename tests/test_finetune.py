@@ -55,7 +55,7 @@ def test_targets_by_name(mini):
 
 def test_the_merged_model_answers_like_the_adapters(mini, shapes):
     model, _ = fit(mini, shapes)
-    pixels = data.first_batch(shapes[0], shapes[2], 8)
+    pixels = data.first_batch(shapes[0], shapes[2], 8).to(models.device())
     with torch.inference_mode():
         adapted = model.eval()(pixel_values=pixels).logits
         merged = finetune.merge(model, mini, shapes[0].class_names)(pixel_values=pixels).logits
@@ -117,17 +117,19 @@ def test_validation_top1_counts_right_answers(mini, shapes):
         head = model.get_base_model().classifier.modules_to_save["default"]
         head.weight.zero_()
         head.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    found = finetune.top1(model, data.Pixels(valid, processor), torch.device("cpu"))
+    found = finetune.top1(model, data.Pixels(valid, processor), models.device())
     assert found == valid.labels.count(2) / len(valid) == 0.25 and model.training
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(mini, shapes):
     train, _, processor = shapes
-    pixels, found = data.first_batch(train, processor, 4), []
+    pixels, found = data.first_batch(train, processor, 4).to(models.device()), []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = finetune.with_adapters(mini, train.class_names, dropout=0.0, gradient_checkpointing=checkpointing)
-        torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.tensor([0, 1, 2, 3])).backward()
+        torch.nn.functional.cross_entropy(
+            model(pixel_values=pixels).logits, torch.arange(4, device=pixels.device)
+        ).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and len(found[0]) == 38
     for name, gradient in found[0].items():

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
 processor = AutoImageProcessor.from_pretrained(sys.argv[1])
-inputs = processor(Image.open(sys.argv[2]).convert("RGB"), return_tensors="pt").to(model.dtype)
+inputs = processor(Image.open(sys.argv[2]).convert("RGB"), return_tensors="pt").to(model.device, model.dtype)
 with torch.inference_mode():
     logits = model(**inputs).logits[0].float()
 assert "vitnb" not in sys.modules
@@ -61,7 +61,7 @@ def test_nf4_holds_the_merged_weights(mini):
 
     merged = AutoModelForImageClassification.from_pretrained(mini.checkpoint("merged"), dtype=torch.bfloat16)
     small = AutoModelForImageClassification.from_pretrained(mini.checkpoint("nf4"))
-    plain, counted = quantize.linears(merged), 0
+    plain, counted = quantize.linears(merged.to(small.device)), 0
     for name, module in quantize.linears(small).items():
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             oracle = functional.quantize_4bit(plain[name].weight.data, quant_type="nf4", compress_statistics=True)

@@ -64,13 +64,14 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
     base, on = find_base(study), device()
     model = _from_pretrained(base, dtype=torch.float32, **options)
     if weights != "fp32":
-        # The head's initial weights come from the full-precision load, so that every precision starts alike.
-        fresh_head = model.get_submodule(quantize.head(model)).state_dict()
-        settings = quantize.config(weights, quantize.keep(model), half(on))
+        # The head is the full-precision load's: every precision starts alike, and no loader (transformers 5.17 does)
+        # leaves a head of the base's size on a quantized model.
+        head = quantize.head(model)
+        fresh, settings = model.get_submodule(head), quantize.config(weights, quantize.keep(model), half(on))
         model = _from_pretrained(
             base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options
         )
-        model.get_submodule(quantize.head(model)).load_state_dict(fresh_head)
+        model.set_submodule(head, fresh.to(on))
         quantize.check_counts(model, quantized=True)
         quantize.forbid_packing(model)
     model.set_attn_implementation("vitnb-sdpa")

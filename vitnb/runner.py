@@ -10,7 +10,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from vitnb import records, studies, variants
+from vitnb import studies, variants
 from vitnb.errors import UserError, VariantError, nearest
 
 FOLDER = studies.ROOT / "notebooks"
@@ -42,7 +42,10 @@ def parse(path: Path, given: list[tuple[str, str]]) -> tuple[dict[str, object], 
     defaults = {name: ast.literal_eval(about["default"]) for name, about in known.items()}
     asked = defaults | parameters
     study = studies.load(asked["study"])
-    records.check_machine(study)
+    if study.requires:
+        from vitnb import records  # and with it torch, which takes seconds: a notebook's kernel imports it anyway
+
+        records.check_machine(study)
     study.sizes(asked.get("batch_size"))
     if asked.get("variant") is not None:
         variants.get(asked["variant"])
@@ -123,6 +126,8 @@ def _dead(name: str, study: studies.Study, asked: dict, allow_failed: bool) -> N
     reason = VariantError(
         "the notebook's kernel died, most likely out of memory: lower batch_size, or close other programs"
     )
+    from vitnb import records
+
     if name == "evaluate":
         records.Run(name, study, asked).fail(reason)
         if allow_failed:

@@ -1,0 +1,58 @@
+"""What only a GPU can show; skipped without one."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from vitnb import accuracy, attention, data, kernels, latency, models, studies, variants
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+FA2 = "flash-attn" if find_spec("flash_attn") else "flash"
+
+
+@pytest.mark.parametrize("launched", ["sdpa", "math", "torch-flash", "flash-attn"])
+def test_attention_is_the_formula_in_16_bits(launched):
+    if launched == "flash-attn" and FA2 != "flash-attn":
+        pytest.skip("flash-attn is not installed")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 197, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    function = attention._flash_attn if launched == "flash-attn" else attention._sdpa
+    with attention.forced(launched):
+        found = function(None, query, key, value, attention_mask=None, scaling=0.125)[0].double()
+    weights = (query.double() @ key.double().transpose(-1, -2) * 0.125).softmax(-1)
+    oracle = (weights @ value.double()).transpose(1, 2)
+    assert ((found - oracle).norm() / oracle.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("fp32-math", {"math"}), ("nf4-fa2", {FA2}), ("int8-fa2", {FA2})])
+def test_a_variant_runs_the_kernel_of_its_name(mini, name, allowed):
+    loaded = models.load(mini, variants.get(name))
+    found = kernels.trace(loaded, data.first_batch(data.split(mini, "test"), loaded.processor, 4))
+    assert found["attention_ran"] in allowed
+    assert 0 < found["attention_ms"] < found["total_ms"] and found["activations_bytes"] > 0
+
+
+def test_a_gpu_answers_like_a_cpu(mini):
+    loaded, valid = models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "valid")
+    found = accuracy.logits(loaded, valid)
+    loaded.model.cpu()
+    loaded.device = torch.device("cpu")
+    torch.testing.assert_close(found, accuracy.logits(loaded, valid), atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_is_timed_until_the_device_is_done(mini):
+    """Work that the CPU only hands over: spinning the device for about 20 ms must show in every sample."""
+    loaded = models.load(mini, variants.get("fp32-sdpa"))
+    clock = (
+        torch.cuda.get_device_properties(0).clock_rate * 1e3
+        if hasattr(torch.cuda.get_device_properties(0), "clock_rate")
+        else 1.5e9
+    )
+    loaded.model.register_forward_hook(lambda *_: torch.cuda._sleep(int(0.02 * clock)))
+    pixels = data.first_batch(data.split(mini, "test"), loaded.processor, 2)
+    found = latency.measure(loaded, pixels, studies.Latency(samples=5, seconds=5.0))
+    assert min(found["samples_ms"]) > 8
