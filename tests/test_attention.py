@@ -1,11 +1,14 @@
 """Attention kernels against the formula, and against a profiler's word for what ran."""
 
 import math
-from contextlib import nullcontext
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import profile
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from vitnb import attention, data, models, variants
 from vitnb.errors import VariantError
@@ -39,6 +42,40 @@ def test_a_forced_kernel_is_the_one_that_runs(qkv, launched, kernel):
     with attention.forced(launched), profile() as profiled:
         attention._sdpa(None, *qkv, attention_mask=None)
     assert attention.ran({event.key for event in profiled.key_averages()}) == kernel
+
+
+def test_forcing_shuts_the_other_kernels_out():
+    """On a CPU the flash kernel would run anyway, so look at what PyTorch may choose from."""
+    flags = torch.backends.cuda
+    with attention.forced("torch-flash"):
+        assert flags.flash_sdp_enabled() and not flags.math_sdp_enabled() and not flags.mem_efficient_sdp_enabled()
+    with attention.forced("math"):
+        assert flags.math_sdp_enabled() and not flags.flash_sdp_enabled() and not flags.cudnn_sdp_enabled()
+    with attention.forced("sdpa"):
+        assert flags.math_sdp_enabled() and flags.flash_sdp_enabled()
+
+
+def test_flash_attn_gets_its_own_layout_and_the_scale(qkv, monkeypatch):
+    """Against a stand-in with the package's signature: [batch, tokens, heads, head] in and out."""
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None):
+        assert dropout_p == 0.0 and q.shape == (2, 17, 3, 64)
+        return formula(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    found, _ = attention._flash_attn(None, *qkv, attention_mask=None, scaling=0.3)
+    torch.testing.assert_close(found, formula(*qkv, 0.3))
+
+
+def test_transformers_knows_both_functions_and_builds_no_mask_for_them():
+    for launched, function in (
+        ("sdpa", attention._sdpa),
+        ("math", attention._sdpa),
+        ("flash-attn", attention._flash_attn),
+    ):
+        name = attention.implementation(launched)
+        assert AttentionInterface()[name] is function
+        assert AttentionMaskInterface()[name](batch_size=2, q_length=17, kv_length=17) is None
 
 
 def test_no_mask_reaches_the_kernel(mini, monkeypatch):
@@ -122,4 +159,3 @@ def test_a_kernel_that_pytorch_lacks_is_told_as_a_failed_variant():
         raise RuntimeError("No available kernel. Aborting execution.")
     with pytest.raises(RuntimeError, match="something else"), attention.forced("math"):
         raise RuntimeError("something else")
-    assert isinstance(nullcontext(), nullcontext)

@@ -30,6 +30,23 @@ def test_the_trace_names_the_kernel_and_its_share(mini, name, kernel):
     assert own == sorted(own, reverse=True)
 
 
+def test_attention_is_counted_whole_and_operators_once(mini):
+    """The reference kernel is made of operators that a ViT uses nowhere else; a wrapper's own time is not its callee's."""
+    if torch.cuda.is_available():
+        pytest.skip("the operators of a CPU")
+    found = kernels.trace(*loaded_and_pixels(mini, "fp32-math"))
+    own = found["operators_ms"]
+    assert found["attention_ms"] >= own["aten::bmm"] + own["aten::_softmax"]
+    assert own["aten::linear"] < own["aten::addmm"]
+
+
+def test_a_trace_for_every_batch_size(mini):
+    loaded, test = models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "test")
+    found = kernels.traces(loaded, test, [1, 3])
+    assert [trace["batch_size"] for trace in found] == [1, 3]
+    assert found[0]["activations_bytes"] < found[1]["activations_bytes"]
+
+
 def test_a_variant_that_runs_another_kernel_fails(mini, monkeypatch):
     loaded, pixels = loaded_and_pixels(mini, "fp32-math")
     monkeypatch.setattr(attention, "forced", lambda launched: nullcontext())

@@ -68,6 +68,7 @@ def test_keep_takes_whole_names_only(vit):
     assert all(name == "classifier" or name.startswith("vit.layers.1.") for name in kept)
     assert quantize.keep(vit) == ["classifier"]
     assert len(quantize.keep(vit, ["vit.layers.0", "vit.layers.11"])) == 13
+    assert quantize.keep(vit, ["vit.layers.0.mlp.fc1"]) == ["classifier", "vit.layers.0.mlp.fc1"]
 
 
 @pytest.mark.parametrize("prefix", ["encoder.layer.21", "vit.layers.12", "vit.layers.1.attention.q", "classifier", ""])
@@ -99,6 +100,8 @@ def test_resident_bytes_of_a_plain_model_count_shared_storage_once(vit):
     vit.classifier.extra = vit.classifier.weight  # the same storage under a second name
     vit.register_buffer("again", vit.classifier.weight.data)
     assert quantize.resident_bytes(vit) == 4 * parameters
+    vit.register_buffer("table", torch.zeros(10))
+    assert quantize.resident_bytes(vit) == 4 * parameters + 40
 
 
 def test_resident_bytes_of_nf4_count_its_state():
@@ -120,7 +123,11 @@ def test_resident_bytes_of_int8():
 
 def test_a_model_that_may_not_be_packed_is_not(vit):
     """Packing on CPUs with AVX512-BF16 rewrites the weights on the first forward."""
-    model = quantize.forbid_packing(quantized(vit, ["classifier"]).to(torch.bfloat16))
+    model = quantized(vit, ["classifier"]).to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True  # as bitsandbytes sets it on such a machine
+    quantize.forbid_packing(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -128,3 +135,22 @@ def test_a_model_that_may_not_be_packed_is_not(vit):
     with torch.inference_mode():
         model(pixel_values=torch.randn(2, 3, 16, 16, dtype=torch.bfloat16))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_loader_is_told_what_the_variant_means():
+    nf4 = quantize.config("nf4", ["classifier", "vit.layers.3.mlp.fc1"], torch.float16)
+    assert nf4.load_in_4bit and nf4.bnb_4bit_quant_type == "nf4" and nf4.bnb_4bit_use_double_quant
+    assert nf4.bnb_4bit_compute_dtype == torch.float16 and nf4.bnb_4bit_quant_storage == torch.uint8
+    int8 = quantize.config("int8", ["classifier"])
+    assert int8.load_in_8bit and int8.llm_int8_threshold == 6.0, "LLM.int8 as the source study ran it"
+    assert nf4.llm_int8_skip_modules == ["classifier", "vit.layers.3.mlp.fc1"] and int8.llm_int8_skip_modules == [
+        "classifier"
+    ]
+    copy = quantize.quantized_copy(nn.Linear(64, 64).to(torch.float16), 8, torch.float16)
+    assert copy.state.threshold == 6.0 and not copy.training
+
+
+def test_a_last_linear_that_is_no_head(vit):
+    vit.config.num_labels = 5
+    with pytest.raises(UserError, match="no classification head"):
+        quantize.keep(vit)

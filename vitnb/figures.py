@@ -35,13 +35,21 @@ def _scatter(points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str],
             ax=axis,
             legend=False,
         )
-        for _, row in panel.iterrows():
-            axis.annotate(row.variant, (row[x], row[y]), xytext=(6, 5), textcoords="offset points", fontsize=9)
+        for rank, (_, row) in enumerate(panel.sort_values([x, "variant"]).iterrows()):
+            above = rank % 2 == 0  # neighbours lie close: name them above and below in turn
+            axis.annotate(
+                row.variant,
+                (row[x], row[y]),
+                xytext=(0, 9 if above else -17),
+                ha="center",
+                textcoords="offset points",
+                fontsize=8,
+            )
         if front:
             best = summaries.pareto(panel, x, y)
             axis.plot(best[x], best[y], "--", color="0.5", zorder=0, label="Pareto front")
-            axis.legend(loc="lower right")
-        axis.margins(x=0.25, y=0.15)
+            axis.legend(loc="best", fontsize=8)
+        axis.margins(x=0.2, y=0.25)
         axis.set(
             xlabel=labels[0], ylabel=labels[1], title=f"{labels[2]}, batch {size}" if len(sizes) > 1 else labels[2]
         )
