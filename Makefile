@@ -31,7 +31,7 @@ lab: $(READY)
 # Run the four notebooks in place, in order, and keep their outputs: what the tests compare with.
 notebooks: $(READY)
 	for name in finetune evaluate ablate infer; do \
-	  $(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace notebooks/$$name.ipynb || exit 1; done
+	  $(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/$$name.ipynb || exit 1; done
 
 $(VENV): pyproject.toml constraints.txt
 	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make BOOTSTRAP=/path/to/python3.11 ...")'
