@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python3}
+[ $# -eq 0 ] || shift
 VITNB_OUTPUTS=$(mktemp -d)
 export VITNB_OUTPUTS
 trap 'rm -rf "$VITNB_OUTPUTS"' EXIT
