@@ -28,9 +28,9 @@ test: $(READY)
 lab: $(READY)
 	$(PYTHON) -m jupyterlab notebooks
 
-# Run the four notebooks in place, in order, and keep their outputs: what the tests compare with.
+# Run the notebooks in place, in order, and keep their outputs: what the tests compare with.
 notebooks: $(READY)
-	for name in finetune evaluate ablate infer; do \
+	for name in finetune evaluate ablate infer anatomy; do \
 	  $(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/$$name.ipynb || exit 1; done
 
 $(VENV): pyproject.toml constraints.txt

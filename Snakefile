@@ -12,6 +12,7 @@ source = asked if asked.endswith((".yaml", ".yml")) else studies.ROOT / "studies
 measured = [
     records / "finetune.json",
     *(records / f"evaluate-{variant}.json" for variant in study.variants),
+    records / "compare.json",
     records / "ablate.json",
     records / "infer.json",
 ]
@@ -45,6 +46,19 @@ rule evaluate:
         "{sys.executable} -m vitnb run evaluate -p study {asked} -p variant {wildcards.variant} --allow-failed"
 
 
+rule compare:
+    input:
+        source,
+        records / "finetune.json",
+        *(records / f"evaluate-{variant}.json" for variant in study.variants),
+    output:
+        records / "compare.json",
+        study.outputs / "ratios.csv",
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb compare {asked}"
+
+
 rule ablate:
     input:
         source,
@@ -76,6 +90,8 @@ rule report:
     output:
         study.outputs / "report.html",
         study.outputs / "summary.csv",
+        study.outputs / "accuracy.csv",
+        study.outputs / "claims.csv",
     threads: workflow.cores
     shell:
         "{sys.executable} -m vitnb report {asked}"

@@ -8,6 +8,6 @@ python=${1:-python3}
 VITNB_OUTPUTS=$(mktemp -d)
 export VITNB_OUTPUTS
 trap 'rm -rf "$VITNB_OUTPUTS"' EXIT
-exec_notebooks="notebooks/finetune.ipynb notebooks/evaluate.ipynb notebooks/ablate.ipynb notebooks/infer.ipynb"
+exec_notebooks="notebooks/finetune.ipynb notebooks/evaluate.ipynb notebooks/ablate.ipynb notebooks/infer.ipynb notebooks/anatomy.ipynb"
 # shellcheck disable=SC2086
 "$python" -m pytest -q --durations=10 --nbval-lax --nbval-current-env --nbval-cell-timeout=900 $exec_notebooks tests "$@"

@@ -30,7 +30,7 @@ def test_predictions_are_those_of_plain_transformers(mini):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     loaded, test = models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "test")
-    found = accuracy.predict(loaded, test)
+    found, logits = accuracy.predict(loaded, test)
     folder = mini.checkpoint("merged")
     model, processor = (
         AutoModelForImageClassification.from_pretrained(folder).eval(),
@@ -40,6 +40,7 @@ def test_predictions_are_those_of_plain_transformers(mini):
         plain = torch.cat([model(**processor(data.read(path), return_tensors="pt")).logits for path in test.paths])
     # Sums in another order; on a GPU, of another device as well.
     torch.testing.assert_close(accuracy.logits(loaded, test, batch_size=5), plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(logits), plain, atol=1e-3, rtol=1e-3)
     assert [row[0] for row in found["top5"]] == plain.argmax(1).tolist()
     assert [model.config.id2label[label] for label in found["labels"]] == [path.parent.name for path in test.paths]
 
@@ -47,3 +48,48 @@ def test_predictions_are_those_of_plain_transformers(mini):
 def test_confusion_counts_every_image_once():
     counts = accuracy.confusion({"labels": [0, 1, 2, 2], "top5": [[0], [2], [2], [1]]}, 4)
     assert counts.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+
+
+def record(variant: str, top5: list, labels=(0, 1, 2, 3)) -> dict:
+    predictions = {"labels": list(labels) * 25, "top5": top5}
+    return {"asked": {"variant": variant}, "status": "ok", "predictions": predictions}
+
+
+def answers(wrong: int) -> list:
+    """Predictions for 100 images of four classes; the first ``wrong`` have the right class second."""
+    return [[(i + (i < wrong)) % 4, i % 4] for i in range(100)]
+
+
+def test_variants_are_compared_on_the_same_images():
+    """nf4 loses 12 of 100 images, int8 loses 1: only the first is called worse, and the words say by how much."""
+    random = np.random.default_rng(0)
+    near, far = random.exponential(0.001, 100), random.exponential(0.1, 100)
+    turns = {"answers": {name: {"kl_by_image": kl.tolist()} for name, kl in
+                         {"fp32-sdpa": near * 0, "bf16-sdpa": near, "nf4-sdpa": far, "int8-sdpa": near[::-1]}.items()}}  # fmt: skip
+    records = [record(name, answers(wrong)) for name, wrong in
+               {"int8-sdpa": 1, "nf4-sdpa": 12, "bf16-sdpa": 0, "fp32-sdpa": 0}.items()]  # fmt: skip
+    found = accuracy.compared(records, turns).set_index("variant")
+    assert list(found.index) == ["fp32-sdpa", "bf16-sdpa", "nf4-sdpa", "int8-sdpa"]
+    nf4 = found.loc["nf4-sdpa"]
+    assert (nf4.only_baseline_right, nf4.only_variant_right, nf4.points) == (12, 0, -12)
+    assert nf4.p == 2 * 0.5**12 and nf4.p_corrected == 3 * nf4.p
+    assert nf4.points_low < -12 < nf4.points_high < 0 == nf4.top5_points
+    assert nf4.verdict == "worse than fp32-sdpa: -12.0 points"
+    assert found.loc["int8-sdpa"].verdict == "no difference beyond noise"
+    assert found.loc["fp32-sdpa"].verdict == "the baseline"
+    assert nf4.kl_low < far.mean() == nf4.kl < nf4.kl_high
+    assert nf4.kl_control_p_corrected < 0.01 < found.loc["int8-sdpa"].kl_control_p_corrected
+    assert found.loc["bf16-sdpa"].kl_control_p_corrected != found.loc["bf16-sdpa"].kl_control_p_corrected
+
+
+def test_many_comparisons_make_the_same_difference_mean_less():
+    """7 of 100 images lost: p = 0.016 alone, 0.031 beside one other that differs as much, beyond 0.05 beside five."""
+    names = ["bf16-sdpa", "nf4-sdpa", "nf4-fa2", "int8-sdpa", "int8-fa2", "fp32-math"]
+    few = accuracy.compared([record("fp32-sdpa", answers(0)), record("nf4-sdpa", answers(7))], None)
+    many = accuracy.compared([record("fp32-sdpa", answers(0)), *(record(name, answers(7)) for name in names)], None)
+    assert few.set_index("variant").verdict["nf4-sdpa"].startswith("worse")
+    assert set(many.set_index("variant").verdict[names]) == {"no difference beyond noise"}
+
+
+def test_without_a_baseline_nothing_is_compared():
+    assert accuracy.compared([record("nf4-sdpa", answers(3))], None).empty

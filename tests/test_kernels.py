@@ -1,10 +1,10 @@
 """Profiler traces: what ran, how long, and the peak of memory."""
 
+import time
 from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from vitnb import attention, data, kernels, models, variants
 from vitnb.errors import VariantError
@@ -44,7 +44,6 @@ def test_a_trace_for_every_batch_size(mini):
     loaded, test = models.load(mini, variants.get("fp32-sdpa")), data.split(mini, "test")
     found = kernels.traces(loaded, test, [1, 3])
     assert [trace["batch_size"] for trace in found] == [1, 3]
-    assert found[0]["activations_bytes"] < found[1]["activations_bytes"]
 
 
 def test_a_variant_that_runs_another_kernel_fails(mini, monkeypatch):
@@ -54,18 +53,41 @@ def test_a_variant_that_runs_another_kernel_fails(mini, monkeypatch):
         kernels.trace(loaded, pixels)
 
 
-def test_peak_of_known_allocations():
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        small = torch.empty(2 * 2**20, dtype=torch.uint8)
-        middle = torch.empty(4 * 2**20, dtype=torch.uint8)
-        del middle
-        large = torch.empty(8 * 2**20, dtype=torch.uint8)
-        del small, large
-    assert kernels._peak_on_cpu(profiled) == 10 * 2**20
+def test_parts_and_classes_hold_all_of_the_time(mini):
+    found = kernels.trace(*loaded_and_pixels(mini, "fp32-sdpa"))
+    for sums in (kernels.by_class(found), kernels.by_part(found)):
+        assert sum(sums.values()) == pytest.approx(found["total_ms"])
+    assert kernels.by_class(found)["attention"] == found["attention_ms"]
+    parts = found["parts_ms"]
+    assert parts["attention"]["attention"] == pytest.approx(found["attention_ms"]), "attention outside of attention"
+    assert parts["mlp"]["gemm"] > 0 and parts["patch embedding"]["gemm"] > 0 and parts["head"]["gemm"] > 0
+    assert parts["mlp"]["attention"] == 0 and parts["rest"]["normalization"] > 0
 
 
-def test_activations_grow_with_the_batch(mini):
+def test_nothing_is_dequantized_where_nothing_is_quantized(mini):
+    plain, small = (kernels.by_class(kernels.trace(*loaded_and_pixels(mini, n))) for n in ("bf16-sdpa", "int8-sdpa"))
+    assert plain["dequantize"] == plain["quantize"] == 0
+    assert small["dequantize"] > 0 and small["quantize"] > 0
+
+
+def test_gaps_are_gaps():
+    """Overlap counts once, and a gap is where nothing runs: [0, 2], [1, 3], gap of 2, [5, 6] with [5.2, 5.5] inside."""
+    assert kernels.busy_and_idle([(0, 2), (1, 3), (5, 6), (5.2, 5.5)]) == (4, 2)
+
+
+def test_the_timeline_is_the_latency(mini):
+    """Busy and idle time make up the time of the same forward, but for what lies before its first and after its last operator."""
+    found = kernels.trace(*loaded_and_pixels(mini, "fp32-sdpa"))
+    assert 0.5 * found["latency_ms"] < found["busy_ms"] + found["idle_ms"] <= found["latency_ms"]
+    assert found["idle_ms"] > 0 and found["launches"] >= 3 * 6
+
+
+def test_idle_time_between_operators_shows(mini):
+    """20 ms of waiting in each of the three blocks is idle time, and in no class of kernels."""
     loaded, pixels = loaded_and_pixels(mini, "fp32-sdpa")
-    one, four = (kernels.trace(loaded, pixels[:size])["activations_bytes"] for size in (1, 4))
-    # 17 tokens: at least the MLP's input and output must be alive at once, in float32.
-    assert one >= 17 * (64 + 128) * 4 and 2 * one < four <= 4 * one
+    before = kernels.trace(loaded, pixels)
+    for name, module in loaded.model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_hook(lambda *_: time.sleep(0.02))
+    found = kernels.trace(loaded, pixels)
+    assert found["idle_ms"] > before["idle_ms"] + 50

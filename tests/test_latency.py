@@ -3,10 +3,11 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from vitnb import latency, studies
+from vitnb import data, latency, models, studies, variants
 
 
 class Clock:
@@ -22,14 +23,18 @@ class Clock:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A loaded variant whose first forward takes 5 s and the n-th after it 10 + n % 3 milliseconds."""
-    clock = Clock()
+    """A loaded variant whose first forward takes 5 s and the n-th after it 10 + n % 3 milliseconds, unless ``takes`` says
+    otherwise (n -> seconds)."""
+    clock, calls, moved = Clock(), [], []
     monkeypatch.setattr(latency, "time", clock)
-    calls = []
+    monkeypatch.setattr(latency.machine, "state", dict)
+    monkeypatch.setattr(latency, "cold_buffer", lambda on: torch.zeros(4, dtype=torch.uint8))
+    fake = SimpleNamespace(device=torch.device("cpu"), calls=calls, moved=moved, clock=clock)
+    fake.takes = lambda n: 5.0 if n == 1 else (10 + n % 3) / 1e3
 
     def model(pixel_values):
         calls.append(len(pixel_values))
-        clock.now += 5.0 if len(calls) == 1 else (10 + len(calls) % 3) / 1e3
+        clock.now += fake.takes(len(calls))
 
     @contextmanager
     def running():
@@ -39,75 +44,94 @@ def fake(monkeypatch):
         moved.append(len(pixels))
         return pixels
 
-    moved = []
-    return SimpleNamespace(
-        device=torch.device("cpu"), running=running, to_input=to_input, calls=calls, moved=moved, clock=clock
-    )
+    fake.running, fake.to_input = running, to_input
+    return fake
 
 
 def test_samples_are_milliseconds_and_the_first_forward_is_apart(fake):
     found = latency.measure(fake, torch.zeros(6, 3, 2, 2), studies.Latency(samples=30, seconds=1e9))
     assert found["batch_size"] == 6 and set(fake.calls) == {6} and fake.moved == [6]
-    assert found["first_ms"] == pytest.approx(5000)
-    assert len(found["samples_ms"]) == 30
-    warmed = len(fake.calls) - 31
-    assert warmed >= latency.WARMUP_FORWARDS
-    assert found["samples_ms"] == pytest.approx([10 + (2 + warmed + n) % 3 for n in range(30)])
-    assert found["images_per_second"] == pytest.approx(6 * 30 / (sum(found["samples_ms"]) / 1e3))
+    assert found["first_ms"] == pytest.approx(5000) and found["device_ms"] is None
+    assert len(found["host_ms"]) == 30 and len(found["cold_ms"]) == 20
+    warmed = found["warm_up"]["forwards"]
+    assert len(fake.calls) == 1 + warmed + 30 + 20
+    assert found["host_ms"] == pytest.approx([10 + (2 + warmed + n) % 3 for n in range(30)])
+    assert found["images_per_second"] == pytest.approx(6 * 30 / (sum(found["host_ms"]) / 1e3))
+    assert latency.samples(found) == found["host_ms"]
 
 
 def test_throughput_counts_the_time_between_forwards(fake):
     """Reading the clock takes a millisecond here, between the samples as well as in them."""
     fake.clock.per_reading = 0.001
     found = latency.measure(fake, torch.zeros(4, 3, 2, 2), studies.Latency(samples=50, seconds=1e9))
-    busy = sum(found["samples_ms"]) / 1e3
-    assert found["images_per_second"] < 0.95 * 4 * 50 / busy
+    busy = sum(found["host_ms"]) / 1e3
+    assert found["images_per_second"] < 0.97 * 4 * 50 / busy
+
+
+def test_the_warm_up_ends_when_the_time_is_stable(fake):
+    """Forwards that get faster until the 60th: none of those may be a sample."""
+    fake.takes = lambda n: 0.010 + 0.020 * max(0.0, 1 - n / 60)
+    found = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=40, seconds=1e9))
+    assert found["warm_up"]["stable"] and found["warm_up"]["forwards"] >= 60
+    assert found["host_ms"] == pytest.approx([10.0] * 40)
+
+
+def test_a_warm_up_that_never_settles_ends_and_says_so(fake):
+    fake.takes = lambda n: 0.001 * 1.02**n
+    warmed = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=20, seconds=1.0))["warm_up"]
+    assert not warmed["stable"] and 5 <= warmed["seconds"] < 15
+
+
+def test_a_steady_forward_needs_three_windows(fake):
+    fake.takes = lambda n: 0.5
+    warmed = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=20, seconds=1.0))["warm_up"]
+    assert warmed == {"forwards": 15, "seconds": 7.5, "stable": True}
+
+
+def test_seconds_end_it_as_well_but_not_below_what_a_median_needs(fake):
+    found = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=10**6, seconds=1.0))
+    assert 1000 <= sum(found["host_ms"]) < 1130
+    fake.takes = lambda n: 3.0
+    found = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=10**6, seconds=1.0))
+    assert len(found["host_ms"]) == 20
+
+
+def test_the_cache_is_emptied_before_each_cold_forward(fake, monkeypatch):
+    writes = []
+    buffer = SimpleNamespace(fill_=lambda value: writes.append(len(fake.calls)))
+    monkeypatch.setattr(latency, "cold_buffer", lambda on: buffer)
+    latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=20, seconds=0.0))
+    assert writes == list(range(len(fake.calls) - 20, len(fake.calls)))
+
+
+def test_the_buffer_is_larger_than_the_last_cache():
+    assert latency.cold_buffer(torch.device("cpu")).numel() >= 64 * 2**20
 
 
 def test_every_batch_size_has_its_own_samples(mini):
-    from vitnb import data, models, variants
-
     loaded = models.load(mini, variants.get("fp32-sdpa"))
     found = latency.sweep(loaded, data.split(mini, "test"), [1, 3], studies.Latency(samples=4, seconds=5.0))
-    assert [(timing["batch_size"], len(timing["samples_ms"])) for timing in found] == [(1, 4), (3, 4)]
-
-
-def test_at_least_five_forwards_warm_up(fake, monkeypatch):
-    monkeypatch.setattr(latency, "WARMUP_SECONDS", 0.0)
-    latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=1, seconds=1e9))
-    assert len(fake.calls) == 1 + 5 + 1
-
-
-def test_the_warm_up_lasts_long_enough(fake):
-    latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=1, seconds=1e9))
-    assert (len(fake.calls) - 2) * 0.012 >= latency.WARMUP_SECONDS
-
-
-def test_seconds_end_it_as_well(fake):
-    found = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=10**6, seconds=0.2))
-    assert sum(found["samples_ms"][:-1]) < 200 <= sum(found["samples_ms"])
-
-
-def test_at_least_one_sample(fake):
-    assert (
-        len(latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=10, seconds=0.0))["samples_ms"]) == 1
-    )
+    assert [(timing["batch_size"], len(timing["host_ms"])) for timing in found] == [(1, 4), (3, 4)]
 
 
 def test_statistics_of_known_samples():
-    """1 to 1001 in some order: between ranks there is nothing to interpolate."""
-    samples = [float((i * 10) % 1001 + 1) for i in range(1001)]
-    assert latency.statistics(samples) == {
-        "latency_mean_ms": 501.0, "latency_p50_ms": 501.0, "latency_p95_ms": 951.0, "latency_p99_ms": 991.0,
-    }  # fmt: skip
+    """0 to 1000 in some order: between ranks there is nothing to interpolate."""
+    samples = np.random.default_rng(0).permutation(1001).astype(float).tolist()
+    found = latency.statistics(samples)
+    assert [found[name][0] for name in ("p50", "p95", "p99")] == [500, 950, 990]
+    for value, low, high in found.values():
+        assert low < value < high
+    assert found["p50"][1] > 440 and found["p50"][2] < 560
 
 
-def test_percentiles_lie_between_ranks():
-    assert latency.statistics([1.0, 2.0, 12.0])["latency_mean_ms"] == 5.0
-    assert latency.statistics([4.0, 1.0, 3.0, 2.0])["latency_p50_ms"] == 2.5
-    assert latency.statistics([1.0, 2.0])["latency_p95_ms"] == pytest.approx(1.95)
+@pytest.mark.parametrize(("name", "fewest"), [("p50", 20), ("p95", 200), ("p99", 1000)])
+def test_a_percentile_needs_ten_samples_beyond_it(name, fewest):
+    assert latency.statistics([1.0] * (fewest - 1))[name] is None
+    assert latency.statistics([1.0] * fewest)[name] == (1.0, 1.0, 1.0)
 
 
-def test_p99_is_blank_below_a_thousand_samples():
-    assert latency.statistics([1.0] * 999)["latency_p99_ms"] is None
-    assert latency.statistics([1.0] * 1000)["latency_p99_ms"] == 1.0
+def test_the_table_shows_what_was_measured(fake):
+    found = latency.measure(fake, torch.zeros(2, 3, 2, 2), studies.Latency(samples=250, seconds=1e9))
+    row = latency.table([found]).loc[2]
+    assert row["first"] == "5000.00" and row["p50"].startswith("11.00 (") and row["p95"].startswith("12.00 (")
+    assert row["p99"] == "" and row["samples"] == 250

@@ -1,8 +1,10 @@
 """Checkpoints: loaded by plain transformers, the same bits after a reload, and safe to open."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ print(json.dumps({"names": model.config.id2label, "size": list(inputs["pixel_val
 def test_an_export_loads_without_this_package(mini, tmp_path, name, types):
     picture = next((studies.ROOT / mini.data / "test" / "ring").iterdir())
     words = [sys.executable, "-c", PLAIN, str(mini.checkpoint(name)), str(picture)]
-    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    elsewhere = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path) != studies.ROOT]
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(elsewhere)}
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     assert list(found["names"].values()) == ["circle", "cross", "ring", "square"]

@@ -17,13 +17,14 @@ from transformers import AutoModelForImageClassification
 
 from vitnb import cli, models, quantize, runner, studies
 
-NAMES = ("finetune", "evaluate", "ablate", "infer")
+NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
 ROOT = Path(__file__).resolve().parent.parent
 TYPED_BY_USERS = {
     "finetune": {"study", "seed", "rank", "alpha", "targets", "epochs", "base_precision"},
-    "evaluate": {"study", "seed", "variant", "batch_size"},
+    "evaluate": {"study", "seed", "variant", "batch_size", "device"},
     "ablate": {"study", "seed"},
     "infer": {"study", "seed", "variant", "images"},
+    "anatomy": {"study", "seed"},
 }
 
 
@@ -101,7 +102,7 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
         "versions",
     ):
         assert one[key] == two[key], key
-    assert [len(t["samples_ms"]) for t in one["timings"]] == [len(t["samples_ms"]) for t in two["timings"]]
+    assert [len(t["host_ms"]) for t in one["timings"]] == [len(t["host_ms"]) for t in two["timings"]]
 
 
 def test_a_variant_that_fails_keeps_its_row(mini, mini_yaml, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,11 @@ import logging
 import os
 import warnings
 
-# Read by the OpenMP runtime when torch is imported: without it, threads of a finished operator spin on
-# their cores and single forwards on a shared machine take seconds.
+# Read by the OpenMP runtime when torch is imported. By default its threads spin for milliseconds after each operator, and single
+# forwards on a shared machine take seconds; if they sleep at once, a small model spends its time waking them up. So they spin for
+# some ten microseconds and then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # The profiler announces every start and stop on standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Progress bars of the libraries end up as carriage returns in stored notebooks.

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitnb import data, quantize
+from vitnb import accuracy, data, intervals, quantize
 from vitnb.errors import VariantError
 from vitnb.models import Loaded
 from vitnb.records import write_whole
@@ -103,12 +103,6 @@ def _logits(loaded: Loaded, pixels: list[torch.Tensor], dtype: torch.dtype) -> t
         return torch.cat([model(pixel_values=batch.to(loaded.device, dtype)).logits.double().cpu() for batch in pixels])
 
 
-def kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL divergence of each image's answer from the reference's, in nats: logits [images, classes] x 2 -> [images]."""
-    p, q = reference.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
 def sensitivity(loaded: Loaded, valid: data.Split, bits: list[int], dtype: torch.dtype) -> list[dict]:
     """Top-1 and KL to full precision of every configuration, on the same validation images.
 
@@ -144,24 +138,25 @@ def sensitivity(loaded: Loaded, valid: data.Split, bits: list[int], dtype: torch
 
 
 def _scores(reference: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> dict:
-    divergence, predicted = kl(reference, other), other.argmax(-1)
+    divergence, predicted = accuracy.kl(reference, other), other.argmax(-1)
     return {
         "top1": (predicted == labels).double().mean().item(),
         "kl": divergence.mean().item(),
         "predicted": predicted.tolist(),
-        "kl_by_image": [float(f"{value:.6g}") for value in divergence.tolist()],
+        "kl_by_image": accuracy.six_digits(divergence),
     }
 
 
 def recommended(rows: list[dict], bits: int, count: int = 3) -> list[str]:
-    """The layers to keep first: those whose keeping lowers the KL most, by more than 2 standard errors of the paired gain."""
+    """The layers to keep first: those whose keeping lowers the KL most.
+
+    Only layers that lower it on the same images beyond noise: paired t-test, corrected for their number (Holm).
+    """
     of_width = {row["kept"]: np.asarray(row["kl_by_image"]) for row in rows if row["bits"] == bits}
-    gains = []
-    for name, values in of_width.items():
-        if name.startswith("layer "):
-            gain = of_width["none"] - values
-            gains.append((gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5, name))
-    return [name for mean, error, name in sorted(gains, reverse=True)[:count] if mean > 2 * error]
+    single = [name for name in of_width if name.startswith("layer ")]
+    p = intervals.holm([intervals.farther(of_width["none"], of_width[name]) for name in single])
+    lower = [name for name, found in zip(single, p, strict=True) if found < 1 - intervals.LEVEL]
+    return sorted(lower, key=lambda name: of_width[name].mean())[:count]
 
 
 def table(rows: list[dict]) -> pd.DataFrame:

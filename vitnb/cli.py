@@ -27,6 +27,15 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-failed", action="store_true", help="exit 0 if the variant cannot run here (its record says why)"
     )
 
+    compare = commands.add_parser(
+        "compare", help="let a study's variants take turns, a live process each, and write the ratios of their times"
+    )
+    compare.add_argument("study", nargs="?", default="embedded")
+    compare.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+
+    show = commands.add_parser("show", help="print a record: what was asked, what ran, on what, with which versions")
+    show.add_argument("record", help="a JSON file, or the name of a record of a study, such as evaluate-nf4-sdpa")
+
     report = commands.add_parser("report", help="make report.html and the CSV tables from the records alone")
     report.add_argument("study", nargs="?", default="embedded")
 
@@ -91,6 +100,18 @@ def _run(args) -> None:
     print(f"vitnb: {runner.run(args.notebook, args.p, args.allow_failed)}")
 
 
+def _compare(args) -> None:
+    from vitnb import compare, studies
+
+    print(f"vitnb: {compare.run(studies.load(args.study), args.device)}")
+
+
+def _show(args) -> None:
+    from vitnb import show
+
+    print(show.told(show.find(args.record)))
+
+
 def _report(args) -> None:
     from vitnb import report, studies
 
@@ -122,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     action = {
         "study": _study,
         "run": _run,
+        "compare": _compare,
+        "show": _show,
         "report": _report,
         "check": _check,
         "variants": _variants,

@@ -184,3 +184,8 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {name: models.disk_bytes(final / name) for name in EXPORTS}
+
+
+def fingerprints(study: studies.Study) -> dict[str, str]:
+    """What tells a study's exports from those of another fine-tuning; see ``models.fingerprint``."""
+    return {name: models.fingerprint(study.checkpoint(name)) for name in EXPORTS}

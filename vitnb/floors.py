@@ -34,11 +34,21 @@ def _features(model, split: data.Split, processor) -> np.ndarray:
     return torch.cat(seen).numpy()
 
 
-def on_untrained_base(study: studies.Study, train: data.Split, test: data.Split, processor) -> float:
-    """Test top-1 of a trained head (logistic regression, scikit-learn) on the base's architecture with random weights."""
-    config = AutoConfig.from_pretrained(models.find_base(study), num_labels=len(train.class_names))
-    model = AutoModelForImageClassification.from_config(config).to(models.device()).eval()
+def _probe(model, train: data.Split, test: data.Split, processor) -> float:
+    """Test top-1 of a trained head (logistic regression, scikit-learn) on a frozen model."""
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(
         _features(model, train, processor), train.labels
     )
     return float(head.score(_features(model, test, processor), test.labels))
+
+
+def on_untrained_base(study: studies.Study, train: data.Split, test: data.Split, processor) -> float:
+    """Test top-1 of a trained head on the base's architecture with random weights."""
+    config = AutoConfig.from_pretrained(models.find_base(study), num_labels=len(train.class_names))
+    model = AutoModelForImageClassification.from_config(config).to(models.device()).eval()
+    return _probe(model, train, test, processor)
+
+
+def on_base(study: studies.Study, train: data.Split, test: data.Split, processor) -> float:
+    """Test top-1 of a trained head on the frozen base, a linear probe: what fine-tuning should at least reach."""
+    return _probe(models.load_base(study, train.class_names).eval(), train, test, processor)

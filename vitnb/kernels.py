@@ -1,49 +1,136 @@
-"""Kernels: what a forward consists of, from a profiler trace, and the peak of the memory that it takes."""
+"""Kernels: what a forward consists of, from a profiler trace: totals by class and by part, launches, and idle time."""
+
+import time
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from vitnb import attention, data
+from vitnb import attention, data, taxonomy
 from vitnb.models import Loaded
+
+REPEATS = 3  # profiled forwards, of which the one with the median latency is kept
+
+
+def _path(event) -> list[str]:
+    """The names of an operator and of those around it, outwards."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names
+
+
+def _is_label(name: str) -> bool:
+    return name.startswith(taxonomy.LABEL)
+
+
+def _own(events, on_gpu: bool) -> list[tuple[list[str], float]]:
+    """(path, milliseconds) of every kernel or, on a CPU, of every operator's own time."""
+    found = []
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue
+        if on_gpu:
+            found += [([kernel.name, *_path(event)], kernel.duration / 1e3) for kernel in event.kernels]
+        elif not _is_label(event.name):
+            found.append((_path(event), event.self_cpu_time_total / 1e3))
+    return [(path, milliseconds) for path, milliseconds in found if taxonomy.MARKER not in path]
+
+
+def _timeline(events, on_gpu: bool) -> list[tuple[float, float]]:
+    """(begin, end) in milliseconds of what kept the device busy: kernels or, on a CPU, outermost operators."""
+    if on_gpu:
+        busy = [e for e in events if e.device_type == DeviceType.CUDA and not _is_label(e.name)]
+    else:
+        busy = [e for e in events if not _is_label(e.name) and all(map(_is_label, _path(e)[1:]))]
+    timeline = sorted((e.time_range.start / 1e3, e.time_range.end / 1e3) for e in busy)
+    return timeline[1:] if on_gpu else timeline  # the first kernel only wakes the profiler
+
+
+def busy_and_idle(timeline: list[tuple[float, float]]) -> tuple[float, float]:
+    """Time in which at least one interval runs, and the sum of the gaps between them, from first begin to last end."""
+    busy = idle = 0.0
+    reached = timeline[0][0]
+    for begin, end in timeline:
+        idle += max(0.0, begin - reached)
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return busy, idle
+
+
+def _profiled(model, pixels: torch.Tensor, on_gpu: bool) -> tuple[list, float]:
+    """The events of one profiled forward and its latency in milliseconds, taken around that same forward.
+
+    On a GPU a marker kernel stands at either end, so that the trace and the latency begin and end together; one more goes
+    ahead, because the first launch that the profiler sees takes far longer than any other.
+    """
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    if not on_gpu:
+        with profile(activities=activities, acc_events=True) as profiled:
+            begin = time.perf_counter()
+            model(pixel_values=pixels)
+            latency = (time.perf_counter() - begin) * 1e3
+        return list(profiled.events()), latency
+    buffer = torch.zeros(1, device=pixels.device)
+
+    def mark() -> None:
+        with record_function(taxonomy.MARKER):
+            buffer.fill_(1)
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with profile(activities=activities, acc_events=True) as profiled:
+        mark()
+        torch.cuda.synchronize()
+        begin.record()
+        mark()
+        model(pixel_values=pixels)
+        mark()
+        end.record()
+        torch.cuda.synchronize()
+    return list(profiled.events()), begin.elapsed_time(end)
 
 
 def trace(loaded: Loaded, pixels: torch.Tensor) -> dict:
-    """Profile one forward of ``pixels`` (float32 [batch, 3, height, width]) after two that warm up.
+    """Profile forwards of ``pixels`` (float32 [batch, 3, height, width]) after two that warm up; keep the median one.
 
     Returns:
-        attention_ran: the kernel that the trace shows; attention_ms and total_ms: time in attention and in all GPU
-        kernels (on a CPU: in all operators), for one forward; operators_ms: own time of each kernel or operator;
-        activations_bytes: the most that one forward allocates beyond the weights, by PyTorch's allocator.
+        attention_ran: the kernel that the trace shows; total_ms: time in all kernels (on a CPU: in all operators);
+        parts_ms: that time by part of the model and class, {part: {class: ms}}; attention_ms: the class's sum;
+        operators_ms: own time of each kernel or operator by name; launches: how many; busy_ms, idle_ms: the device's
+        timeline, gaps measured as gaps; latency_ms: of the same profiled forward, measured beside the trace.
 
     Raises:
         VariantError: the trace shows a kernel that the variant's name does not allow.
     """
     pixels, on_gpu = loaded.to_input(pixels), loaded.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with loaded.running() as model:
-        model(pixel_values=pixels)
-        activations = _peak_on_gpu(model, pixels) if on_gpu else None
-        with profile(activities=activities, profile_memory=not on_gpu) as profiled:
+        for _ in range(2):
             model(pixel_values=pixels)
-            if on_gpu:
-                torch.cuda.synchronize()
-    events = profiled.key_averages()
-    names = {event.key for event in events}
-    kernel = attention.ran(names)
+        with taxonomy.labelled(model):
+            taken = sorted((_profiled(model, pixels, on_gpu) for _ in range(REPEATS)), key=lambda item: item[1])
+    events, latency = taken[REPEATS // 2]
+    kernel = attention.ran({event.name for event in events})
     attention.check(loaded.launched, kernel)
-    if on_gpu:
-        own = {event.key: event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA}
-    else:
-        own = {event.key: event.self_cpu_time_total for event in events}
-    whole = [event for event in events if event.key in attention.WHOLE]
+    own = _own(events, on_gpu)
+    timeline = _timeline(events, on_gpu)
+    busy, idle = busy_and_idle(timeline)
+    parts = {part: dict.fromkeys(taxonomy.CLASSES, 0.0) for part in taxonomy.PARTS}
+    operators: dict[str, float] = {}
+    for path, milliseconds in own:
+        parts[taxonomy.part(path)][taxonomy.classify(path)] += milliseconds
+        operators[path[0]] = operators.get(path[0], 0.0) + milliseconds
     return {
         "batch_size": len(pixels),
         "attention_ran": kernel,
-        "attention_ms": sum(event.device_time_total if on_gpu else event.cpu_time_total for event in whole) / 1e3,
-        "total_ms": sum(own.values()) / 1e3,
-        "operators_ms": {name: time / 1e3 for name, time in sorted(own.items(), key=lambda item: -item[1]) if time > 0},
-        "activations_bytes": activations if on_gpu else _peak_on_cpu(profiled),
+        "attention_ms": sum(classes["attention"] for classes in parts.values()),
+        "total_ms": sum(operators.values()),
+        "parts_ms": parts,
+        "operators_ms": {name: ms for name, ms in sorted(operators.items(), key=lambda item: -item[1]) if ms > 0},
+        "launches": len(timeline),
+        "busy_ms": busy,
+        "idle_ms": idle,
+        "latency_ms": latency,
     }
 
 
@@ -52,18 +139,11 @@ def traces(loaded: Loaded, split: data.Split, sizes: list[int]) -> list[dict]:
     return [trace(loaded, data.first_batch(split, loaded.processor, size)) for size in sizes]
 
 
-def _peak_on_gpu(model, pixels: torch.Tensor) -> int:
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    model(pixel_values=pixels)
-    return torch.cuda.max_memory_allocated() - before
+def by_class(trace: dict) -> dict[str, float]:
+    """Milliseconds of each class of kernels over all parts."""
+    return {kind: sum(classes[kind] for classes in trace["parts_ms"].values()) for kind in taxonomy.CLASSES}
 
 
-def _peak_on_cpu(profiled: profile) -> int:
-    """The highest level of the allocations and frees that the trace holds, in the order in which they came."""
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
+def by_part(trace: dict) -> dict[str, float]:
+    """Milliseconds of each part of the model over all classes."""
+    return {part: sum(classes.values()) for part, classes in trace["parts_ms"].items()}

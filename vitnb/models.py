@@ -4,6 +4,7 @@ A checkpoint is a folder that ``AutoModelForImageClassification.from_pretrained`
 .from_pretrained`` load without this package. It carries the preprocessing and the class names it was trained with.
 """
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,16 @@ from vitnb.errors import UserError, VariantError, one_line
 from vitnb.variants import Variant
 
 
-def device() -> torch.device:
-    """The GPU if PyTorch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(asked: str | None = None) -> torch.device:
+    """The device that was asked for, ``cpu`` or ``cuda``; without a wish the GPU if PyTorch sees one, else the CPU.
+
+    Raises UserError for another name, or for a GPU that is not there.
+    """
+    if asked not in (None, "cpu", "cuda"):
+        raise UserError(f"device must be cpu or cuda, got '{asked}'")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, and PyTorch sees no NVIDIA GPU: leave it out, or ask for cpu")
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def half(on: torch.device) -> torch.dtype:
@@ -100,11 +108,21 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights: which model a number belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 @dataclass
 class Loaded:
     """A variant, ready to run: the model in evaluation mode, its preprocessing, its classes and what was counted."""
 
     variant: Variant
+    folder: Path
     model: nn.Module
     processor: object
     class_names: list[str]
@@ -129,7 +147,8 @@ class Loaded:
         return {
             "parameters": self.parameters, "dtype": str(self.dtype).removeprefix("torch."), "attention_launched": self.launched,
             "linears_quantized": self.linears_quantized, "linears_kept": self.linears_kept,
-            "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
+            "device": self.device.type, "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
+            "checkpoint_sha256": fingerprint(self.folder),
         }  # fmt: skip
 
     def to_input(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -146,8 +165,10 @@ class Loaded:
             yield self.model
 
 
-def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None) -> Loaded:
-    """Load one variant of a study's fine-tuned model (or of ``checkpoint``).
+def load(
+    study: studies.Study, variant: Variant, checkpoint: Path | None = None, on: torch.device | None = None
+) -> Loaded:
+    """Load one variant of a study's fine-tuned model (or of ``checkpoint``), on ``on`` or what ``device`` gives.
 
     Raises:
         UserError: the checkpoint is missing, a pickle or broken.
@@ -158,7 +179,7 @@ def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None)
         raise UserError(
             f"no checkpoint at {folder}: make it with 'python -m vitnb run finetune -p study {study.typed}'"
         )
-    on = device()
+    on = on or device()
     launched = attention.launch(variant.attention, on)
     dtype = torch.float32 if variant.weights == "fp32" else half(on)
     # TensorFloat-32 would make the full-precision baseline a 19-bit one.
@@ -177,6 +198,7 @@ def load(study: studies.Study, variant: Variant, checkpoint: Path | None = None)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     return Loaded(
         variant,
+        folder,
         model,
         processor(folder),
         names,

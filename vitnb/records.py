@@ -2,71 +2,18 @@
 
 import json
 import os
-import platform
 import random
-import subprocess
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from IPython import get_ipython
 
-from vitnb import studies, variants
+from vitnb import machine, studies, variants
 from vitnb.errors import UserError, VariantError, one_line
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "flash-attn",
-    "peft",
-    "accelerate",
-    "scikit-learn",
-    "numpy",
-    "pillow",
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that move the numbers; '-' for one that is not installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "-"
-    return found
-
-
-def _git(*words: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", *words], cwd=studies.ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def machine() -> dict[str, object]:
-    """The processor, the GPU, and the state of the code, as they are now."""
-    names = {}
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return {
-        "cpu": names.get("model name", platform.processor() or platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu.name if gpu else None,
-        "gpu_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
-        "platform": platform.platform(terse=True),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
-    }
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -75,6 +22,18 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write an array (npy, no pickles) whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -108,8 +67,9 @@ class Run:
             "name": self.name,
             "asked": asked,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(),
+            "study_asked": asdict(study),
+            "machine": machine.machine(),
+            "versions": machine.versions(),
         }
         self._begin = time.perf_counter()
 
@@ -122,11 +82,18 @@ class Run:
         parts = [notebook]
         if notebook == "evaluate":
             parts += [asked["variant"]] + [f"b{asked['batch_size']}"] * bool(asked.get("batch_size"))
+            parts += [asked.get("device")] * bool(asked.get("device"))
         elif notebook == "infer":
             parts += [asked["variant"]] * (asked["variant"] != study.infer_variant)
             if asked.get("images"):
                 parts.append(Path(asked["images"]).expanduser().resolve().name)
         return "-".join(parts)
+
+    def keep(self, kind: str, values: np.ndarray) -> str:
+        """Write an array beside the records, too large to be in one; returns its path below the study's outputs."""
+        name = f"{kind}/{self.name}.npy"
+        write_array(self.study.outputs / name, values)
+        return name
 
     def save(self, **found) -> dict:
         """Write the record, with its findings, and return it as it was written."""
@@ -172,17 +139,21 @@ def check_machine(study: studies.Study) -> None:
         raise UserError(f"study '{study.name}' needs an NVIDIA GPU, and PyTorch sees none: run it on a GPU machine")
 
 
+def read(path: Path, fix: str) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"name", "notebook", "started"} <= record.keys():
+        raise UserError(f"{path} is not a record: {fix}")
+    return record
+
+
 def load(study: studies.Study) -> list[dict]:
     """Every record of a study, oldest first."""
     found = []
     for path in sorted((study.outputs / "records").glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"name", "notebook", "started"} <= record.keys():
-            raise UserError(f"{path} is not a record: delete it and run 'python -m vitnb study {study.typed}' again")
-        found.append(record)
+        found.append(read(path, f"delete it and run 'python -m vitnb study {study.typed}' again"))
     return sorted(found, key=lambda record: record["started"])
 
 

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page and the CSV tables, made from records and nothing else."""
+"""The report: one self-contained HTML page and the CSV tables, made from records and the ledger of claims alone."""
 
 import base64
 import csv
@@ -6,21 +6,25 @@ import io
 from pathlib import Path
 
 import jinja2
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitnb import ablate, figures, records, studies, summary
+from vitnb import ablate, accuracy, claims, compare, figures, memory, records, studies, summary
 from vitnb.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 # Columns of the report's main table -> their headings and formats.
 MAIN = {
     "variant": ("variant", "{}"), "batch_size": ("batch", "{:.0f}"), "attention_ran": ("attention that ran", "{}"),
-    "top1": ("top-1", "{:.4f}"), "top5": ("top-5", "{:.4f}"), "f1": ("F1", "{:.4f}"),
-    "latency_mean_ms": ("mean ms", "{:.2f}"), "latency_p50_ms": ("p50 ms", "{:.2f}"), "latency_p95_ms": ("p95 ms", "{:.2f}"),
-    "latency_p99_ms": ("p99 ms", "{:.2f}"), "throughput_ips": ("images/s", "{:.1f}"), "disk_mb": ("disk MB", "{:.2f}"),
-    "resident_mb": ("resident MB", "{:.2f}"), "peak_mb": ("peak MB", "{:.2f}"), "attention_time_ms": ("attention ms", "{:.2f}"),
-    "total_time_ms": ("operators ms", "{:.2f}"), "linears_quantized": ("Linears quantized", "{:.0f}"), "linears_kept": ("kept", "{:.0f}"),
+    "top1": ("top-1", "{:.4f}"), "top5": ("top-5", "{:.4f}"), "f1": ("F1", "{:.4f}"), "latency_mean_ms": ("mean ms", "{:.2f}"),
+    "latency_p50_ms": ("p50 ms", "{:.2f}"), "latency_p95_ms": ("p95 ms", "{:.2f}"), "latency_p99_ms": ("p99 ms", "{:.2f}"),
+    "host_p50_ms": ("host p50 ms", "{:.2f}"), "cold_p50_ms": ("cold p50 ms", "{:.2f}"), "first_ms": ("first ms", "{:.1f}"),
+    "throughput_ips": ("images/s", "{:.1f}"), "tflops": ("TFLOP/s", "{:.3f}"), "matmul_share": ("of product peak", "{:.0%}"),
+    "disk_mb": ("disk MB", "{:.2f}"), "resident_mb": ("resident MB", "{:.2f}"), "peak_mb": ("allocator peak MB", "{:.2f}"),
+    "driver_peak_mb": ("driver peak MB", "{:.1f}"), "attention_time_ms": ("attention ms", "{:.2f}"),
+    "total_time_ms": ("kernels ms", "{:.2f}"), "idle_time_ms": ("idle ms", "{:.2f}"), "launches": ("launches", "{:.0f}"),
+    "linears_quantized": ("Linears quantized", "{:.0f}"), "linears_kept": ("kept", "{:.0f}"),
     "status": ("status", "{}"), "reason": ("reason", "{}"),
 }  # fmt: skip
 
@@ -29,7 +33,7 @@ def _embed(figure: Figure) -> str:
     """A figure as a data URI, so that the page is one file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    figures.plt.close(figure)
+    plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -40,6 +44,14 @@ def _cell(template: str, value: object) -> str:
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The main table as people read it: headings, rounded numbers, blanks for what was not measured."""
     columns = {heading: [_cell(form, value) for value in table[name]] for name, (heading, form) in MAIN.items()}
+    for name in ("p50", "p95", "p99"):  # each with its interval
+        ends = zip(table[f"latency_{name}_low_ms"], table[f"latency_{name}_high_ms"], strict=True)
+        columns[f"{name} ms"] = [
+            f"{value} ({low:.2f} to {high:.2f})" if value else ""
+            for value, (low, high) in zip(columns[f"{name} ms"], ends, strict=True)
+        ]
+    if table.device.nunique() > 1:
+        columns = {"device": list(table.device)} | columns
     frame = pd.DataFrame(columns)
     return frame.drop(columns="reason") if (frame.reason == "").all() else frame
 
@@ -49,21 +61,59 @@ def _one(found: list[dict], notebook: str) -> dict | None:
     return next((r for r in found if r["name"] == notebook and r["status"] == "ok"), None)
 
 
+def _csv(path: Path, table: pd.DataFrame) -> None:
+    records.write_whole(path, table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL))
+
+
+def answered(compared: pd.DataFrame) -> pd.DataFrame:
+    """The comparison of answers as people read it."""
+    lines = []
+    for row in compared.itertuples():
+        line = {"variant": row.variant, "top-1": f"{row.top1:.4f} ({row.low:.4f} to {row.high:.4f})"}
+        blank = row.points != row.points
+        line["points (95%)"] = "" if blank else f"{row.points:+.2f} ({row.points_low:+.2f} to {row.points_high:+.2f})"
+        line["right here only"] = "" if blank else f"{row.only_variant_right:.0f}"
+        line["right in fp32 only"] = "" if blank else f"{row.only_baseline_right:.0f}"
+        line["McNemar p, corrected"] = _cell("{:.2g}", row.p_corrected)
+        line["KL (95%)"] = "" if row.kl != row.kl else f"{row.kl:.2g} ({row.kl_low:.2g} to {row.kl_high:.2g})"
+        line["farther than bf16: p, corrected"] = _cell("{:.2g}", row.kl_control_p_corrected)
+        lines.append(line | {"in words": row.verdict})
+    return pd.DataFrame(lines)
+
+
+def raced(ratios: pd.DataFrame) -> pd.DataFrame:
+    """Every variant's time over the baseline's, taken in turns, as people read it."""
+    rows = [
+        {"variant": row.variant, "batch": row.batch_size, "time over fp32-sdpa": f"{row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})",
+         "in words": summary.speed(row)}
+        for row in ratios.itertuples() if row.ratio == row.ratio
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def write(study: studies.Study) -> Path:
-    """Write ``report.html`` and ``summary.csv`` of a study from its records; raises UserError if there are none."""
+    """Write ``report.html``, ``summary.csv``, ``accuracy.csv`` and ``claims.csv`` of a study from its records.
+
+    Raises UserError if there are none.
+    """
     found = records.load(study)
     table = summary.table(study)
     if table.empty:
         raise UserError(
             f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.typed}' first"
         )
-    evaluated = [record for record in found if record["notebook"] == "evaluate"]
-    finetuned, ablated, inferred = (_one(found, name) for name in ("finetune", "ablate", "infer"))
+    finetuned, ablated, inferred, turns = (_one(found, name) for name in ("finetune", "ablate", "infer", "compare"))
+    current = set(table[table.status == "ok"].record)
+    evaluated = [record for record in found if record["name"] in current]
+    every = compare.ratios(turns) if turns else pd.DataFrame(columns=compare.RATIO_COLUMNS)
+    ratios, answers = compare.against(every), accuracy.compared(evaluated, turns)
+    claimed = claims.verdicts(claims.measured(table, every, answers, ablated))
     pictures = {}
-    if (table.status == "ok").any():
+    if evaluated:
         pictures = {
-            "accuracy_latency": figures.accuracy_latency(table), "accuracy_size": figures.accuracy_size(table),
-            "size_memory": figures.size_memory(table), "latency": figures.latency_distribution(evaluated),
+            "accuracy_latency": figures.accuracy_latency(table, ratios if turns else None),
+            "accuracy_size": figures.accuracy_size(table), "size_memory": figures.size_memory(table),
+            "latency": figures.latency_distribution(evaluated), "kernels": figures.kernel_classes(evaluated),
         }  # fmt: skip
     if finetuned:
         pictures["learning"] = figures.learning_curve(finetuned["history"])
@@ -73,12 +123,19 @@ def write(study: studies.Study) -> Path:
     keep = {bits: ablate.recommended(ablated["rows"], bits) for bits in study.ablate_bits} if ablated else {}
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
-        advice=pd.DataFrame(summary.recommendation(table)), same_kernel=summary.not_comparable(table),
+        advice=pd.DataFrame(summary.recommendation(table, ratios, answers)), same_kernel=summary.not_comparable(table),
+        raced=raced(ratios), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
+        claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
         keep=keep, records=found, newest=found[-1], MB=summary.MB,
     )  # fmt: skip
-    text = io.StringIO()
-    table.to_csv(text, index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
-    records.write_whole(study.outputs / "summary.csv", text.getvalue())
+    _csv(study.outputs / "summary.csv", table)
+    _csv(study.outputs / "accuracy.csv", answers)
+    _csv(study.outputs / "claims.csv", claimed)
     records.write_whole(study.outputs / "report.html", html)
     return study.outputs / "report.html"
+
+
+def _roofs(evaluated: list[dict]) -> dict[str, dict]:
+    """This machine's ceilings by computing type, from the newest record of each."""
+    return {record["dtype"]: record["roofline"] for record in evaluated}

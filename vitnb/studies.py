@@ -30,10 +30,19 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Latency:
-    """Budget of the timing of one variant at one batch size: whichever is reached first."""
+    """Budget of the timing of one variant at one batch size: whichever is reached first, but never under 20 samples."""
 
     samples: int = 1000
     seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Budget of the comparison at one batch size: whichever is reached first, but never under 20 rounds."""
+
+    rounds: int = 60
+    seconds: float = 60.0
+    forwards: int = 3  # timed forwards of a variant in one round
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Study:
     ablate_bits: list[int] = field(default_factory=lambda: [4, 8])
     finetune: Finetune = Finetune()
     latency: Latency = Latency()
+    compare: Compare = Compare()
     expected: dict[str, list[float]] = field(default_factory=dict)  # name of a result -> [low, high]
     typed: str = ""  # how the user named the study, for messages that quote a command; set by ``load``
 
@@ -120,7 +130,7 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: batch_sizes must be positive whole numbers, got {study.batch_sizes}")
     if not set(study.ablate_bits) <= {4, 8}:
         raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
-    for part in ("finetune", "latency"):
+    for part in ("finetune", "latency", "compare"):
         for name, value in vars(getattr(study, part)).items():
             if value <= 0 or (name == "crop_scale" and value > 1):
                 raise UserError(f"{path}: {part}: '{name}' cannot be {value}")
@@ -151,7 +161,7 @@ def load(study: str) -> Study:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a study is a mapping of names to values")
     values = {"name": path.stem} | values | {"typed": str(study)}
-    for key, kind in (("finetune", Finetune), ("latency", Latency)):
+    for key, kind in (("finetune", Finetune), ("latency", Latency), ("compare", Compare)):
         if key in values:
             values[key] = _typed(kind, values[key], f"{path}: {key}")
     loaded = _typed(Study, values, str(path))

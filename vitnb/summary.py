@@ -1,57 +1,99 @@
 """Summary: from records to one table, to verdicts against what was expected, and to a recommendation."""
 
-import math
-
+import numpy as np
 import pandas as pd
 
-from vitnb import accuracy, latency, records, studies, variants
+from vitnb import accuracy, latency, records, roofline, studies, variants
 
 MB = 2**20  # megabytes are 2^20 bytes everywhere, as in the source study
 COLUMNS = [
-    "variant", "weights", "attention", "attention_ran", "status", "reason", "batch_size", "images", "top1", "top5", "f1",
-    "parameters", "linears_quantized", "linears_kept", "latency_mean_ms", "latency_p50_ms", "latency_p95_ms",
-    "latency_p99_ms", "latency_samples", "throughput_ips", "disk_mb", "resident_mb", "peak_mb", "attention_time_ms",
-    "total_time_ms", "device", "record",
+    "variant", "weights", "attention", "attention_ran", "device", "status", "reason", "batch_size", "images", "top1", "top1_low",
+    "top1_high", "top5", "f1", "parameters", "linears_quantized", "linears_kept", "latency_mean_ms",
+    *(f"latency_{name}{part}_ms" for name in latency.SHARES for part in ("", "_low", "_high")), "latency_samples",
+    "host_p50_ms", "cold_p50_ms", "first_ms", "warm_up_stable", "throughput_ips", "tflops", "matmul_share", "roofline_share",
+    "disk_mb", "resident_mb", "peak_mb", "driver_peak_mb", "attention_time_ms", "total_time_ms", "idle_time_ms", "launches",
+    "record",
 ]  # fmt: skip
 # The source study's targets against its fp32 baseline: at least this much smaller and faster, at most this many
 # points of top-1 lost.
 TARGET_SMALLER, TARGET_FASTER, TARGET_POINTS = 4.0, 2.0, 3.0
 
 
-def rows(record: dict) -> list[dict]:
-    """The rows of one evaluate record: one for each batch size, or as many empty ones, with a reason, if it failed."""
-    variant = variants.get(record["asked"]["variant"])
+def device(record: dict) -> str:
+    """The name of the device that a record was measured on."""
+    on = record.get("device") or record["asked"].get("device") or ("cuda" if record["machine"]["gpu"] else "cpu")
+    return record["machine"]["gpu"] if on == "cuda" else record["machine"]["cpu"]
+
+
+def stale(record: dict, training: dict | None) -> str:
+    """Why a record does not belong to the newest fine-tuning, or nothing if it does."""
+    if record["status"] != "ok" or not training or training["status"] != "ok":
+        return ""
+    name = variants.get(record["asked"]["variant"]).checkpoint
+    if record["checkpoint_sha256"] == training["checkpoint_sha256"][name]:
+        return ""
+    return "measured on another checkpoint than the newest finetune record made: measure it again"
+
+
+def rows(record: dict, training: dict | None = None) -> list[dict]:
+    """The rows of one evaluate record: one for each batch size, or as many empty ones, with a reason, if it failed.
+
+    ``training``: the study's finetune record; a record that was measured on another checkpoint is stale.
+    """
+    variant, reason = variants.get(record["asked"]["variant"]), stale(record, training)
     same = {
-        "variant": variant.name, "weights": variant.weights, "attention": variant.attention, "status": record["status"],
-        "reason": record["reason"], "record": record["name"],
-        "device": record["machine"]["gpu"] or record["machine"]["cpu"],
+        "variant": variant.name, "weights": variant.weights, "attention": variant.attention, "device": device(record),
+        "status": "stale" if reason else record["status"], "reason": reason or record["reason"], "record": record["name"],
     }  # fmt: skip
-    if record["status"] != "ok":
+    if same["status"] != "ok":
         return [same | {"batch_size": size} for size in record["asked"]["batch_sizes"]]
+    low, high = accuracy.interval(record["predictions"])
     same |= accuracy.scores(record["predictions"]) | {
-        "parameters": record["parameters"], "linears_quantized": record["linears_quantized"],
-        "linears_kept": record["linears_kept"], "disk_mb": record["disk_bytes"] / MB,
-        "resident_mb": record["resident_bytes"] / MB,
+        "top1_low": low, "top1_high": high, "parameters": record["parameters"],
+        "linears_quantized": record["linears_quantized"], "linears_kept": record["linears_kept"],
+        "disk_mb": record["disk_bytes"] / MB, "resident_mb": record["resident_bytes"] / MB,
     }  # fmt: skip
-    found = []
-    for timing, trace in zip(record["timings"], record["traces"], strict=True):
-        found.append(same | latency.statistics(timing["samples_ms"]) | {
-            "batch_size": timing["batch_size"], "throughput_ips": timing["images_per_second"],
-            "latency_samples": len(timing["samples_ms"]), "attention_ran": trace["attention_ran"],
-            "attention_time_ms": trace["attention_ms"], "total_time_ms": trace["total_ms"],
-            "peak_mb": (record["resident_bytes"] + trace["activations_bytes"]) / MB,
-        })  # fmt: skip
+    parts = zip(record["timings"], record["traces"], record["memory"], strict=True)
+    return [same | _timed(timing) | _traced(trace) | {
+        "peak_mb": peaks["allocator_peak_bytes"] / MB, "driver_peak_mb": peaks["driver_peak_bytes"] / MB,
+    } | roofline.shares(
+        record["roofline"], record["resident_bytes"], timing["batch_size"], float(np.median(latency.samples(timing)))
+    )
+        for timing, trace, peaks in parts]  # fmt: skip
+
+
+def _timed(timing: dict) -> dict:
+    """The columns of one timing."""
+    samples = latency.samples(timing)
+    found = {
+        "batch_size": timing["batch_size"], "latency_mean_ms": float(np.mean(samples)), "latency_samples": len(samples),
+        "host_p50_ms": float(np.median(timing["host_ms"])), "cold_p50_ms": float(np.median(timing["cold_ms"])),
+        "first_ms": timing["first_ms"], "warm_up_stable": timing["warm_up"]["stable"],
+        "throughput_ips": timing["images_per_second"],
+    }  # fmt: skip
+    for name, carried in latency.statistics(samples).items():
+        names = [f"latency_{name}{part}_ms" for part in ("", "_low", "_high")]
+        found |= dict(zip(names, carried or (None, None, None), strict=True))
     return found
 
 
+def _traced(trace: dict) -> dict:
+    """The columns of one profiler trace."""
+    return {
+        "attention_ran": trace["attention_ran"], "attention_time_ms": trace["attention_ms"],
+        "total_time_ms": trace["total_ms"], "idle_time_ms": trace["idle_ms"], "launches": trace["launches"],
+    }  # fmt: skip
+
+
 def table(study: studies.Study) -> pd.DataFrame:
-    """One row for each variant and batch size measured so far, in the registry's order; the newest record counts."""
-    found = {}
-    for record in records.load(study):
+    """One row for each variant, batch size and device measured so far, in the registry's order; the newest record counts."""
+    found, everything = {}, records.load(study)
+    training = next((r for r in everything if r["name"] == "finetune"), None)
+    for record in everything:
         if record["notebook"] == "evaluate":
-            found |= {(row["variant"], row["batch_size"]): row for row in rows(record)}
+            found |= {(row["variant"], row["batch_size"], row["device"]): row for row in rows(record, training)}
     order = list(variants.REGISTRY)
-    ordered = sorted(found.values(), key=lambda row: (order.index(row["variant"]), row["batch_size"]))
+    ordered = sorted(found.values(), key=lambda row: (order.index(row["variant"]), row["batch_size"], row["device"]))
     return pd.DataFrame(ordered, columns=COLUMNS)
 
 
@@ -113,6 +155,7 @@ def finetuned(record: dict) -> dict[str, float]:
         "valid top1": max(row["valid_top1"] for row in record["history"]),
         "linear classifier on pixels top1": record["floors"]["pixels"],
         "head on untrained base top1": record["floors"]["untrained"],
+        "linear probe top1": record["floors"]["probe"],
         "nf4 disk ratio": sizes["nf4"] / sizes["merged"],
         "int8 disk ratio": sizes["int8"] / sizes["merged"],
     }
@@ -131,50 +174,55 @@ def ablated(record: dict) -> dict[str, float]:
     return {f"{bits}-bit {kept} kept KL": value for (bits, kept), value in rows.items() if kept in ("none", "all")}
 
 
-def noise_points(top1: float, images: int) -> float:
-    """Half-width, in points, of the 95% interval of a difference of two top-1 on ``images`` images each (binomial)."""
-    return 100 * 1.96 * math.sqrt(2 * top1 * (1 - top1) / images)
+def recommendation(summary: pd.DataFrame, ratios: pd.DataFrame, compared: pd.DataFrame) -> list[dict]:
+    """Which variant for which need, against the baseline at the same batch size; empty without a comparison.
 
+    Args:
+        summary: see ``table``.
+        ratios: every variant's time over the baseline's, taken in turns; see ``compare.against``.
+        compared: every variant's answers beside the baseline's; see ``accuracy.compared``.
 
-def recommendation(summary: pd.DataFrame) -> list[dict]:
-    """Which variant for which need, against the baseline at the same batch size; empty without a baseline.
-
-    A difference in top-1 inside the noise of the test split is not called a loss or a gain.
+    What lies inside the noise is called neither gain nor loss.
     """
-    ok = summary[summary.status == "ok"]
+    ok = summary[summary.status == "ok"].merge(ratios, on=["variant", "batch_size"])
+    ok = ok.merge(compared[["variant", "points", "verdict"]], on="variant").fillna({"points": 0.0})
     advice = []
     for batch, group in ok.groupby("batch_size"):
         base = group[group.variant == variants.BASELINE]
         if base.empty:
             continue
-        base = base.iloc[0]
-        group = group.assign(
-            smaller=base.disk_mb / group.disk_mb,
-            faster=base.latency_p50_ms / group.latency_p50_ms,
-            points=100 * (base.top1 - group.top1),
-        )
-        near = group[group.points <= TARGET_POINTS]
+        group = group.assign(smaller=base.iloc[0].disk_mb / group.disk_mb)
+        near = group[group.points >= -TARGET_POINTS]
         needs = {
-            "the fastest within 3 points": near.sort_values("faster").iloc[-1],
-            "the smallest within 3 points": near.sort_values(["smaller", "faster"]).iloc[-1],
+            "the fastest within 3 points": near.sort_values("ratio").iloc[0],
+            "the smallest within 3 points": near.sort_values(["disk_mb", "ratio"]).iloc[0],
             "the least memory while running": near.sort_values("peak_mb").iloc[0],
-            "the most accurate": group.sort_values(["top1", "faster"]).iloc[-1],
+            "the fastest that is not worse": group[~group.verdict.str.startswith("worse")].sort_values("ratio").iloc[0],
         }
-        noise = noise_points(base.top1, base.images)
         for need, row in needs.items():
             met = {
                 f"{TARGET_SMALLER:g}x smaller": row.smaller >= TARGET_SMALLER,
-                f"{TARGET_FASTER:g}x faster": row.faster >= TARGET_FASTER,
-                f"within {TARGET_POINTS:g} points": row.points <= TARGET_POINTS,
+                f"{TARGET_FASTER:g}x faster": 1 / row.ratio >= TARGET_FASTER,
+                f"within {TARGET_POINTS:g} points": row.points >= -TARGET_POINTS,
             }
-            change = "no change beyond noise" if abs(row.points) <= noise else f"{-row.points:+.1f} points"
             advice.append({
                 "batch size": int(batch), "need": need, "variant": row.variant, "smaller": f"{row.smaller:.1f}x",
-                "faster (p50)": f"{row.faster:.2f}x", "top-1 against fp32": f"{change} (noise ±{noise:.1f})",
+                "speed against fp32": speed(row), "top-1": row.verdict,
                 "targets met": ", ".join(name for name, hit in met.items() if hit) or "none",
                 "targets missed": ", ".join(name for name, hit in met.items() if not hit) or "none",
             })  # fmt: skip
     return advice
+
+
+def speed(row) -> str:
+    """A ratio of times in words, for instance ``1.31x faster (1.28 to 1.35)``."""
+    if row.variant == variants.BASELINE:
+        return "the baseline"
+    if row.low <= 1 <= row.high:
+        return f"no difference beyond noise ({1 / row.high:.2f} to {1 / row.low:.2f})"
+    if row.ratio < 1:
+        return f"{1 / row.ratio:.2f}x faster ({1 / row.high:.2f} to {1 / row.low:.2f})"
+    return f"{row.ratio:.2f}x slower ({row.low:.2f} to {row.high:.2f})"
 
 
 def not_comparable(summary: pd.DataFrame) -> list[str]:

@@ -41,6 +41,7 @@ class Variant:
 
 
 BASELINE = "fp32-sdpa"
+CONTROL = "bf16-sdpa"  # what computing in 16 bits does by itself: quantized variants compute so
 
 REGISTRY = {
     variant.name: variant

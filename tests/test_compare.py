@@ -1,0 +1,190 @@
+"""Taking turns: worker processes, rounds, and ratios of times that are known."""
+
+import os
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vitnb import compare, figures, studies, summary
+from vitnb.errors import UserError, VariantError
+from vitnb.workers import Worker
+
+
+class Sleeper:
+    """Stands in for a loaded variant: ``1.5`` makes forwards that take 1.5 times as long as those of ``1``."""
+
+    def __init__(self, study, variant, device):
+        self.factor = float(variant)
+
+    def warm_up(self, batch_size):
+        return {}
+
+    def block(self, batch_size, forwards):
+        return [self.factor * batch_size * (1 + 0.01 * n) for n in range(forwards)]
+
+    def where(self):
+        return os.getpid()
+
+    def fail(self, kind):
+        if kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise {"user": UserError, "variant": VariantError, "other": ZeroDivisionError}[kind]("what happened\nand more")
+
+
+@pytest.fixture
+def sleepers():
+    names = ("1", "1.5")
+    workers = {name: Worker(None, name, bench=Sleeper) for name in names}
+    yield workers
+    for worker in workers.values():
+        worker.__exit__()
+
+
+def test_every_variant_has_a_process_of_its_own_that_stays_alive(sleepers):
+    places = [worker.ask("where") for worker in sleepers.values()]
+    assert len({*places, os.getpid()}) == 3
+    assert places == [worker.ask("where") for worker in sleepers.values()]
+
+
+def test_errors_come_back_as_what_they_are(sleepers):
+    worker = sleepers["1"]
+    for kind, error, text in (
+        ("user", UserError, "^what happened$"), ("variant", VariantError, "^what happened$"),
+        ("other", VariantError, "^ZeroDivisionError: what happened$"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            worker.ask("fail", kind=kind)
+    assert worker.ask("where"), "a failed question must not end the worker"
+    with pytest.raises(VariantError, match=r"process of 1 died \(exit code -9\), most likely out of memory"):
+        worker.ask("fail", kind="die")
+
+
+def test_rounds_hold_one_block_of_everyone(sleepers):
+    budget = studies.Compare(rounds=25, seconds=1e9, forwards=3)
+    blocks = compare.take_turns(sleepers, 4, budget)
+    assert {name: np.shape(b) for name, b in blocks.items()} == {"1": (25, 3), "1.5": (25, 3)}
+    found = compare.pair(blocks["1.5"], blocks["1"])
+    assert found.ratio == pytest.approx(1.5) and found.samples == 25
+    assert blocks["1.5"][0][0] == pytest.approx(6.0), "a batch of 4 was asked for"
+
+
+def test_seconds_end_the_turns_but_not_below_twenty_rounds(sleepers):
+    blocks = compare.take_turns(sleepers, 1, studies.Compare(rounds=10**6, seconds=1e-9, forwards=1))
+    assert len(blocks["1"]) == 20
+
+
+def test_the_order_is_drawn_anew():
+    """Each of three workers goes first in about a third of the rounds: no one profits from its place."""
+    asked = []
+
+    class Listed:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, what, **_):
+            if what == "block":
+                asked.append(self.name)
+            return [1.0]
+
+    compare.take_turns({n: Listed(n) for n in "abc"}, 1, studies.Compare(rounds=300, seconds=1e9, forwards=1))
+    firsts = asked[::3]
+    assert sorted(asked[:3]) == ["a", "b", "c"] and all(70 < firsts.count(name) < 130 for name in "abc")
+
+
+def test_a_slow_moment_hits_both_of_a_pair():
+    """The machine becomes ten times slower half way; the ratio stays."""
+    drift = np.repeat([1.0, 10.0], 20)[:, None] * np.random.default_rng(0).lognormal(0, 0.01, (40, 3))
+    found = compare.pair(1.2 * drift, drift * np.random.default_rng(1).lognormal(0, 0.01, (40, 3)))
+    assert found.ratio == pytest.approx(1.2, rel=0.01) and found.low > 1.15
+
+
+RECORD = {
+    "asked": {"variants": ["nf4-sdpa", "fp32-sdpa", "int8-fa2"]},
+    "blocks_ms": {"1": {"fp32-sdpa": [[2.0, 2.1]] * 20, "nf4-sdpa": [[3.0, 3.15]] * 20}},
+}
+
+
+def test_ratios_of_every_pair_and_blanks_for_what_failed():
+    found = compare.ratios(RECORD)
+    assert list(found.columns) == ["a", "b", "batch_size", "ratio", "low", "high", "samples"]
+    rows = {(row.a, row.b): row for row in found.itertuples()}
+    assert set(rows) == {("nf4-sdpa", "fp32-sdpa"), ("int8-fa2", "fp32-sdpa"), ("int8-fa2", "nf4-sdpa")}
+    assert rows["nf4-sdpa", "fp32-sdpa"].ratio == pytest.approx(1.5) and rows["nf4-sdpa", "fp32-sdpa"].samples == 20
+    assert np.isnan(rows["int8-fa2", "fp32-sdpa"].ratio) and rows["int8-fa2", "nf4-sdpa"].samples == 0
+
+
+def test_ratios_to_one_of_them():
+    found = compare.against(compare.ratios(RECORD)).set_index("variant")
+    assert found.ratio["fp32-sdpa"] == 1 and found.ratio["nf4-sdpa"] == pytest.approx(1.5)
+    turned = compare.against(compare.ratios(RECORD), "nf4-sdpa").set_index("variant")
+    assert turned.ratio["fp32-sdpa"] == pytest.approx(1 / 1.5)
+    assert turned.low["fp32-sdpa"] <= turned.ratio["fp32-sdpa"] <= turned.high["fp32-sdpa"]
+
+
+def line(variant: str, ratio: float, low: float, high: float):
+    return pd.Series({"variant": variant, "ratio": ratio, "low": low, "high": high})
+
+
+def test_speed_in_words():
+    """Ratios of times turn into speeds, and nothing is faster or slower inside the noise."""
+    assert summary.speed(line("nf4-sdpa", 0.5, 0.4, 0.625)) == "2.00x faster (1.60 to 2.50)"
+    assert summary.speed(line("nf4-sdpa", 1.5, 1.4, 1.6)) == "1.50x slower (1.40 to 1.60)"
+    assert summary.speed(line("nf4-sdpa", 1.05, 0.99, 1.2)) == "no difference beyond noise (0.83 to 1.01)"
+    assert summary.speed(line("fp32-sdpa", 1, 1, 1)) == "the baseline"
+
+
+def rows(**by_variant) -> pd.DataFrame:
+    columns = (
+        "batch_size",
+        "status",
+        "disk_mb",
+        "peak_mb",
+        "top1",
+        "top1_low",
+        "top1_high",
+        "attention",
+        "latency_p50_ms",
+    )
+    return pd.DataFrame(
+        [{"variant": name, **dict(zip(columns, values, strict=True))} for name, values in by_variant.items()]
+    )
+
+
+def test_the_recommendation_follows_the_ratios_and_not_the_times_taken_one_after_another():
+    """nf4's p50 was measured in a quiet minute; side by side it is slower. int8 is worse beyond noise."""
+    names = {"fp32_sdpa": "fp32-sdpa", "nf4_sdpa": "nf4-sdpa", "int8_sdpa": "int8-sdpa"}
+    table = rows(
+        fp32_sdpa=(1, "ok", 8.0, 20.0, 0.90, 0.88, 0.92, "sdpa", 10.0),
+        nf4_sdpa=(1, "ok", 1.0, 9.0, 0.89, 0.87, 0.91, "sdpa", 2.0),
+        int8_sdpa=(1, "ok", 2.0, 12.0, 0.84, 0.82, 0.86, "sdpa", 30.0),
+    ).assign(variant=list(names.values()))
+    ratios = pd.DataFrame(
+        [line("fp32-sdpa", 1, 1, 1), line("nf4-sdpa", 1.3, 1.2, 1.4), line("int8-sdpa", 0.4, 0.3, 0.5)]
+    ).assign(batch_size=1)
+    compared = pd.DataFrame({"variant": names.values(), "points": [np.nan, -1.0, -6.0],
+                             "verdict": ["the baseline", "no difference beyond noise", "worse than fp32-sdpa: -6.0 points"]})  # fmt: skip
+    advice = {a["need"]: a for a in summary.recommendation(table, ratios, compared)}
+    assert advice["the fastest within 3 points"]["variant"] == "fp32-sdpa"
+    assert advice["the smallest within 3 points"]["variant"] == "nf4-sdpa"
+    assert advice["the smallest within 3 points"]["speed against fp32"] == "1.30x slower (1.20 to 1.40)"
+    assert advice["the smallest within 3 points"]["top-1"] == "no difference beyond noise"
+    assert advice["the fastest that is not worse"]["variant"] == "fp32-sdpa"
+    assert summary.recommendation(table, ratios.iloc[1:], compared) == []
+    drawn = figures.accuracy_latency(table, ratios).axes[0]
+    assert sorted(drawn.collections[-1].get_offsets()[:, 0]) == [0.4, 1.0, 1.3]
+
+
+def test_a_variant_that_cannot_load_keeps_its_place(mini):
+    """The export of nf4 is not quantized: it takes no part, its reason stays, the others go on."""
+    study = studies.load(mini.typed)
+    broken = study.outputs / "checkpoints" / "nf4" / "config.json"
+    kept = broken.read_text()
+    try:
+        broken.write_text(kept.replace('"quantization_config"', '"was_quantization_config"'))
+        found = compare.measure(study)
+    finally:
+        broken.write_text(kept)
+    assert list(found["failed"]) == ["nf4-fa2"] and found["failed"]["nf4-fa2"]
+    assert set(found["blocks_ms"]["1"]) == {"fp32-sdpa"} and np.shape(found["blocks_ms"]["3"]["fp32-sdpa"]) == (20, 1)

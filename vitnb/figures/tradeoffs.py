@@ -1,0 +1,129 @@
+"""Accuracy, time, size and memory of the variants against each other."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from vitnb import latency, variants
+from vitnb import summary as summaries
+from vitnb.figures.style import MARKERS, PALETTE
+
+
+def _scatter(
+    points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str], front: bool, ends: tuple = ()
+) -> Figure:
+    """Variants as named points with the interval of their top-1; the Pareto front, if asked, of low x and high y.
+
+    ``ends``: columns of the interval of x. One panel a batch size.
+    """
+    sizes = sorted(points.batch_size.unique())
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
+    for axis, size in zip(axes[0], sizes, strict=True):
+        panel = points[points.batch_size == size]
+        spread = {"yerr": (panel[y] - panel.top1_low, panel.top1_high - panel[y])}
+        if ends:
+            spread["xerr"] = (panel[x] - panel[ends[0]], panel[ends[1]] - panel[x])
+        axis.errorbar(panel[x], panel[y], **spread, fmt="none", ecolor="0.75", zorder=1)
+        sns.scatterplot(
+            panel,
+            x=x,
+            y=y,
+            hue="variant",
+            style="attention",
+            markers=MARKERS,
+            palette=PALETTE,
+            s=130,
+            ax=axis,
+            legend=False,
+        )
+        for rank, (_, row) in enumerate(panel.sort_values([x, "variant"]).iterrows()):
+            above = rank % 2 == 0  # neighbours lie close: name them above and below in turn
+            axis.annotate(
+                row.variant,
+                (row[x], row[y]),
+                xytext=(0, 9 if above else -17),
+                ha="center",
+                textcoords="offset points",
+                fontsize=8,
+            )
+        if front:
+            best = summaries.pareto(panel, x, y)
+            axis.plot(best[x], best[y], "--", color="0.5", zorder=0, label="Pareto front")
+            axis.legend(loc="best", fontsize=8)
+        axis.margins(x=0.2, y=0.25)
+        axis.set(
+            xlabel=labels[0], ylabel=labels[1], title=f"{labels[2]}, batch {size}" if len(sizes) > 1 else labels[2]
+        )
+    return figure
+
+
+def _measured(summary: pd.DataFrame) -> pd.DataFrame:
+    return summary[summary.status == "ok"]
+
+
+def accuracy_latency(summary: pd.DataFrame, ratios: pd.DataFrame | None = None) -> Figure:
+    """Top-1 against time with the Pareto front, a panel for each batch size.
+
+    ``ratios``: every variant's time over the baseline's, taken in turns (``compare.against``); without it, the p50 of forwards
+    that were timed one variant after another.
+    """
+    points = _measured(summary)
+    if ratios is None:
+        return _scatter(points, "latency_p50_ms", "top1", ("latency p50 (ms)", "top-1", "Accuracy and latency"), True)
+    points = points.merge(ratios, on=["variant", "batch_size"])
+    return _scatter(
+        points, "ratio", "top1", ("time over the baseline's", "top-1", "Accuracy and time"), True, ("low", "high")
+    )
+
+
+def _smallest_batch(summary: pd.DataFrame) -> pd.DataFrame:
+    points = _measured(summary)
+    return points[points.batch_size == points.batch_size.min()]
+
+
+def accuracy_size(summary: pd.DataFrame) -> Figure:
+    """Top-1 against the checkpoint's size, with the Pareto front."""
+    return _scatter(
+        _smallest_batch(summary), "disk_mb", "top1", ("checkpoint on disk (MB)", "top-1", "Accuracy and size"), True
+    )
+
+
+def size_memory(summary: pd.DataFrame) -> Figure:
+    """On disk, resident and peak megabytes side by side for every variant and batch size."""
+    parts = {"disk_mb": "on disk", "resident_mb": "resident", "peak_mb": "peak"}
+    long = _measured(summary).melt(["variant", "batch_size"], list(parts), "what", "MB").replace({"what": parts})
+    sizes = sorted(long.batch_size.unique())
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
+    for axis, size in zip(axes[0], sizes, strict=True):
+        sns.barplot(long[long.batch_size == size], y="variant", x="MB", hue="what", palette="crest", ax=axis)
+        axis.set(title=f"Size and memory, batch {size}", ylabel="")
+        axis.legend(title="")
+    return figure
+
+
+def latency_distribution(records: list[dict]) -> Figure:
+    """All samples of every variant as box plots (whiskers at the 5th and 95th percentile), a panel a batch size."""
+    long = pd.DataFrame(
+        {"variant": record["asked"]["variant"], "batch": timing["batch_size"], "ms": sample}
+        for record in records if record["status"] == "ok" for timing in record["timings"] for sample in latency.samples(timing)
+    )  # fmt: skip
+    long = long.assign(order=long.variant.map(list(variants.REGISTRY).index)).sort_values("order")
+    sizes = sorted(long.batch.unique())
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
+    for axis, size in zip(axes[0], sizes, strict=True):
+        sns.boxplot(
+            long[long.batch == size],
+            y="variant",
+            x="ms",
+            hue="variant",
+            palette=PALETTE,
+            whis=(5, 95),
+            showfliers=False,
+            ax=axis,
+        )
+        axis.set(
+            title=f"Latency of one forward, batch {size}", xlabel="ms (box: quartiles, whiskers: p5 and p95)", ylabel=""
+        )
+        axis.set_xlim(left=0)
+    return figure

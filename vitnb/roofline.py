@@ -1,0 +1,93 @@
+"""The roofline: how long a forward would take if this machine did nothing but its arithmetic, or only read its weights.
+
+Peaks are measured here, not taken from a data sheet (Williams et al., *Roofline*, 2009).
+"""
+
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageClassification
+
+from vitnb import latency
+from vitnb.models import Loaded
+
+
+def flops(config, batch_size: int) -> int:
+    """Floating-point operations of one forward: products of matrices, attention and convolution; 2 for a multiply-add.
+
+    Counted by PyTorch on a model without memory, so that quantized variants count what they stand for.
+    """
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(plain, attn_implementation="eager").eval()
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        pixels = torch.empty(batch_size, config.num_channels, *size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=pixels)
+    return counter.get_total_flops()
+
+
+def _best_seconds(run, on: torch.device, limit: float = 0.5) -> float:
+    """The shortest of some runs: a ceiling is what the machine can do at its best."""
+    best, end = float("inf"), time.perf_counter() + limit
+    run()
+    while time.perf_counter() < end:
+        if on.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        if on.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def peaks(on: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """This machine's ceilings: matmul_tflops (a large product of random matrices in ``dtype``) and copy_gbs (read + written)."""
+    side, size = (8192, 2**30) if on.type == "cuda" else (1536, 2**27)
+    a, b = (torch.randn(side, side, device=on).to(dtype) for _ in range(2))
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=on)
+    target = torch.empty_like(source)
+    return {
+        "matmul_tflops": 2 * side**3 / _best_seconds(lambda: a @ b, on) / 1e12,
+        "copy_gbs": 2 * size / _best_seconds(lambda: target.copy_(source), on) / 1e9,
+    }
+
+
+def measure(loaded: Loaded, batch_sizes: list[int]) -> dict[str, object]:
+    """The peaks, and for each batch size the operations of a forward: {matmul_tflops, copy_gbs, flops: {size: count}}."""
+    counted = {str(size): flops(loaded.model.config, size) for size in batch_sizes}
+    return peaks(loaded.device, loaded.dtype) | {"flops": counted}
+
+
+def shares(roof: dict, resident_bytes: int, batch_size: int, milliseconds: float) -> dict[str, float]:
+    """What a time of a batch amounts to: tflops, its share of the measured product peak, and of the roofline.
+
+    The roofline is the longer of two times: the arithmetic at the product's peak, and reading the resident weights once
+    at the copy's peak (which counts bytes read and written).
+    """
+    operations, seconds = roof["flops"][str(batch_size)], milliseconds / 1e3
+    arithmetic = operations / (roof["matmul_tflops"] * 1e12)
+    reading = resident_bytes / (roof["copy_gbs"] * 1e9)
+    return {
+        "tflops": operations / seconds / 1e12,
+        "matmul_share": arithmetic / seconds,
+        "roofline_share": max(arithmetic, reading) / seconds,
+    }
+
+
+def table(roof: dict, resident_bytes: int, timings: list[dict]) -> pd.DataFrame:
+    """The typical time of each batch size beside this machine's ceilings."""
+    rows = []
+    for timing in timings:
+        found = shares(roof, resident_bytes, timing["batch_size"], float(np.median(latency.samples(timing))))
+        rows.append({
+            "batch": timing["batch_size"], "GFLOP": f"{roof['flops'][str(timing['batch_size'])] / 1e9:.2f}",
+            "TFLOP/s": f"{found['tflops']:.3f}", "of the product's peak": f"{found['matmul_share']:.0%}",
+            "of the roofline": f"{found['roofline_share']:.0%}",
+        })  # fmt: skip
+    print(f"ceilings here: product {roof['matmul_tflops']:.3f} TFLOP/s, copy {roof['copy_gbs']:.1f} GB/s")
+    return pd.DataFrame(rows).set_index("batch")
