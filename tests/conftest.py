@@ -22,7 +22,7 @@ variants: [fp32-sdpa, nf4-fa2]
 batch_sizes: [1, 3]
 finetune: {{epochs: 2, batch_size: 8, learning_rate: 0.003}}
 latency: {{samples: 24, seconds: 0.3}}
-compare: {{rounds: 20, seconds: 1, forwards: 1}}
+compare: {{rounds: 20, seconds: 1, forwards: 1, processes: 1}}
 expected:
   fp32-sdpa top1: [0.0, 1.0]
 """

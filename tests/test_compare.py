@@ -63,7 +63,7 @@ def test_errors_come_back_as_what_they_are(sleepers):
 
 def test_rounds_hold_one_block_of_everyone(sleepers):
     budget = studies.Compare(rounds=25, seconds=1e9, forwards=3)
-    blocks = compare.take_turns(sleepers, 4, budget)
+    blocks = compare.take_turns({name: [w] for name, w in sleepers.items()}, 4, budget)
     assert {name: np.shape(b) for name, b in blocks.items()} == {"1": (25, 3), "1.5": (25, 3)}
     found = compare.pair(blocks["1.5"], blocks["1"])
     assert found.ratio == pytest.approx(1.5) and found.samples == 25
@@ -71,7 +71,9 @@ def test_rounds_hold_one_block_of_everyone(sleepers):
 
 
 def test_seconds_end_the_turns_but_not_below_twenty_rounds(sleepers):
-    blocks = compare.take_turns(sleepers, 1, studies.Compare(rounds=10**6, seconds=1e-9, forwards=1))
+    blocks = compare.take_turns(
+        {name: [w] for name, w in sleepers.items()}, 1, studies.Compare(rounds=10**6, seconds=1e-9, forwards=1)
+    )
     assert len(blocks["1"]) == 20
 
 
@@ -88,9 +90,13 @@ def test_the_order_is_drawn_anew():
                 asked.append(self.name)
             return [1.0]
 
-    compare.take_turns({n: Listed(n) for n in "abc"}, 1, studies.Compare(rounds=300, seconds=1e9, forwards=1))
+    compare.take_turns({n: [Listed(n)] for n in "abc"}, 1, studies.Compare(rounds=300, seconds=1e9, forwards=1))
     firsts = asked[::3]
     assert sorted(asked[:3]) == ["a", "b", "c"] and all(70 < firsts.count(name) < 130 for name in "abc")
+    asked.clear()
+    several = {n: [Listed(n + "1"), Listed(n + "2")] for n in "ab"}
+    compare.take_turns(several, 1, studies.Compare(rounds=200, seconds=1e9, forwards=1))
+    assert len(asked) == 400 and all(60 < asked.count(name) < 140 for name in ("a1", "a2", "b1", "b2"))
 
 
 def test_a_slow_moment_hits_both_of_a_pair():

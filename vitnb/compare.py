@@ -1,4 +1,4 @@
-"""Comparing variants: one live process each, asked in turn for short blocks, so that all meet the same moments.
+"""Comparing variants: live processes of each, asked in turn for short blocks, so that all meet the same moments.
 
 A shared machine is faster in one minute and slower in the next. Side by side, both variants of a pair get the same minutes,
 and the ratio of their times stands still where the times themselves do not.
@@ -20,12 +20,16 @@ RATIO_COLUMNS = ["a", "b", "batch_size", "ratio", "low", "high", "samples"]
 FEWEST_ROUNDS = 20
 
 
-def take_turns(workers: dict[str, Worker], batch_size: int, budget: studies.Compare, seed: int = 0) -> dict[str, list]:
-    """Blocks of forwards in rounds, every worker once a round, in an order drawn anew: {name: [[ms, ...], ...]}.
+def take_turns(
+    workers: dict[str, list[Worker]], batch_size: int, budget: studies.Compare, seed: int = 0
+) -> dict[str, list]:
+    """Blocks of forwards in rounds, every variant once a round, in an order drawn anew: {name: [[ms, ...], ...]}.
 
-    Ends after ``budget.rounds`` or ``budget.seconds``, but not before FEWEST_ROUNDS.
+    A variant's turn goes to one of its processes at random: two processes of the same program differ by a percent, by where
+    their memory lies, and that must not pass for a difference between variants. Ends after ``budget.rounds`` or
+    ``budget.seconds``, but not before FEWEST_ROUNDS.
     """
-    for worker in workers.values():
+    for worker in (worker for several in workers.values() for worker in several):
         worker.ask("warm_up", batch_size=batch_size)
     random, blocks = np.random.default_rng(seed), {name: [] for name in workers}
     begin = time.perf_counter()
@@ -33,7 +37,8 @@ def take_turns(workers: dict[str, Worker], batch_size: int, budget: studies.Comp
         if done >= FEWEST_ROUNDS and time.perf_counter() - begin > budget.seconds:
             break
         for name in random.permutation(list(workers)):
-            blocks[name].append(workers[name].ask("block", batch_size=batch_size, forwards=budget.forwards))
+            worker = workers[name][random.integers(len(workers[name]))]
+            blocks[name].append(worker.ask("block", batch_size=batch_size, forwards=budget.forwards))
     return blocks
 
 
@@ -43,7 +48,7 @@ def pair(a: list[list[float]], b: list[list[float]]) -> intervals.Ratio:
 
 
 def measure(study: studies.Study, device: str | None = None) -> dict:
-    """Start a process for every variant of a study and let them take turns at every batch size.
+    """Start ``study.compare.processes`` processes for every variant and let the variants take turns at every batch size.
 
     Returns:
         blocks_ms: {batch size: {variant: [rounds][forwards] milliseconds}}; attention_launched: by variant; failed:
@@ -51,12 +56,15 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
     """
     failed, launched, blocks = {}, {}, {}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(study, name, device)) for name in study.variants}
-        for worker in workers.values():  # all load at once
+        workers = {
+            name: [stack.enter_context(Worker(study, name, device)) for _ in range(study.compare.processes)]
+            for name in study.variants
+        }
+        for worker in (worker for several in workers.values() for worker in several):  # all load at once
             worker.send("describe")
-        for name, worker in list(workers.items()):
+        for name, several in list(workers.items()):
             try:
-                launched[name] = worker.receive()["attention_launched"]
+                launched[name] = [worker.receive() for worker in several][0]["attention_launched"]
             except VariantError as error:
                 failed[name] = one_line(error)
                 del workers[name]

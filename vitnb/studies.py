@@ -42,7 +42,8 @@ class Compare:
 
     rounds: int = 60
     seconds: float = 60.0
-    forwards: int = 3  # timed forwards of a variant in one round
+    forwards: int = 2  # timed forwards of a variant in one round
+    processes: int = 2  # live processes of each variant
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 
@@ -99,17 +100,23 @@ class Worker:
 
     def send(self, name: str, **options) -> None:
         """Ask without waiting for the answer; ``receive`` takes it."""
-        self._pipe.send((name, options))
+        try:
+            self._pipe.send((name, options))
+        except BrokenPipeError:
+            self._died()
+
+    def _died(self) -> NoReturn:
+        raise VariantError(
+            f"the process of {self.variant} died (exit code {self._process.wait()}), most likely out of memory: "
+            "lower batch_size, or close other programs"
+        ) from None
 
     def receive(self):
         """The answer to the last question. Raises what it raised there; VariantError if the process died."""
         try:
             error, answer = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise VariantError(
-                f"the process of {self.variant} died (exit code {self._process.wait()}), most likely out of memory: "
-                "lower batch_size, or close other programs"
-            ) from None
+            self._died()
         if error:
             raise error(answer)
         return answer

@@ -1,90 +1,90 @@
 """How often the comparison errs: the same variant against itself, and against itself with 2% more work.
 
-``python tests/benchmarks/same_against_same.py`` writes ``same.csv`` (200 pairs; called different is a false alarm, at a stated rate of 0.2%)
-and ``slower.csv`` (100 pairs, one of which does 2% extra work; called the same is a miss), with the p-value of every pair. The
-rule is that of ``vitnb compare``. Fresh processes every ten pairs. About 25 minutes on 2 CPU cores that do nothing else.
+``python tests/benchmarks/same_against_same.py`` writes ``same.csv`` (200 pairs; one called different is a false alarm, at a
+stated rate of 0.2%) and ``slower.csv`` (100 pairs, of which one does 2% extra work; called the same is a miss), with the p-value
+of every pair. The rule is that of ``vitnb compare``. Each pair of CPU cores that ``--cores`` names runs a share of them, in fresh
+processes for every ten pairs.
 """
 
 import argparse
-import time
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
+from slower import EXTRA, Slower
 
 from vitnb import compare, intervals, machine, records, studies
 from vitnb.workers import Bench, Worker
 
-VARIANT, BATCH_SIZE = "fp32-sdpa", 1
-BUDGET = studies.Compare(rounds=100, seconds=1e9, forwards=2)
+VARIANT, BATCH_SIZE, PROCESSES = "fp32-sdpa", 4, 6
+BUDGET = studies.Compare(rounds=100, seconds=1e9, forwards=1)
 PAIRS_A_LAUNCH = 10
-EXTRA = 0.02
 
 
-class Slower(Bench):
-    """The same variant, with small matrix products after each forward that take 2% of its time."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.warm_up(BATCH_SIZE)
-        forward = np.median(self.block(BATCH_SIZE, 200))
-        piece, times = torch.randn(48, 48), []
-        for _ in range(400):
-            begin = time.perf_counter()
-            for _ in range(10):
-                piece @ piece
-            times.append((time.perf_counter() - begin) * 1e2)
-        count = round(EXTRA * forward / float(np.median(times)))
-
-        def work(*_):
-            for _ in range(count):
-                piece @ piece
-
-        self.loaded.model.register_forward_hook(work)
-
-
-def pairs(study: studies.Study, count: int, other: type) -> list[dict]:
-    """``count`` comparisons of one variant, plain in one process and run by ``other`` in the other."""
-    rows = []
-    for launch in range(count // PAIRS_A_LAUNCH):
-        with Worker(study, VARIANT, "cpu") as plain, Worker(study, VARIANT, "cpu", bench=other) as changed:
-            for _ in range(PAIRS_A_LAUNCH):
-                blocks = compare.take_turns({"plain": plain, "changed": changed}, BATCH_SIZE, BUDGET, seed=len(rows))
-                found = compare.pair(blocks["changed"], blocks["plain"])
-                rows.append({"pair": len(rows), "launch": launch, "rounds": found.samples, "ratio": found.ratio, "low": found.low,
-                             "high": found.high, "p": found.p, "different": found.different})  # fmt: skip
-        print(f"{other.__name__}: {sum(row['different'] for row in rows)} of {len(rows)} called different", flush=True)
+def launch(study: studies.Study, other: type, seed: int) -> list[dict]:
+    """Ten comparisons of one variant: plain processes against others that run ``other``."""
+    with ExitStack() as stack:
+        workers = {
+            name: [stack.enter_context(Worker(study, VARIANT, "cpu", bench)) for _ in range(PROCESSES)]
+            for name, bench in (("plain", Bench), ("other", other))
+        }
+        rows = []
+        for pair in range(PAIRS_A_LAUNCH):
+            blocks = compare.take_turns(workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair)
+            found = compare.pair(blocks["other"], blocks["plain"])
+            rows.append({"launch": seed, "pair": pair, "rounds": found.samples, "ratio": found.ratio, "low": found.low,
+                         "high": found.high, "p": found.p, "different": found.different})  # fmt: skip
     return rows
+
+
+def share(study: studies.Study, launches: list[int], same: int, out: Path) -> None:
+    """Run some launches, the first ``same`` of all of which compare the variant with itself; one CSV each."""
+    for number in launches:
+        kind, other = ("same", Bench) if number < same else ("slower", Slower)
+        table = pd.DataFrame(launch(study, other, number))
+        records.write_whole(out / f"{kind}-{number:03d}.csv", table.to_csv(index=False, lineterminator="\n"))
+        print(
+            f"{kind} {number}: {table.different.sum()} of {len(table)} called different, {table.ratio.median():.4f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "instrument")
     parser.add_argument("--pairs", type=int, nargs=2, default=(200, 100), metavar=("SAME", "SLOWER"))
+    parser.add_argument("--cores", nargs="+", default=["0,1"], help="pairs of cores, such as 0,1 2,3")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which pair of cores this process is
+    parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     study, about = studies.load("embedded"), machine.machine()
-    # The two kinds in turns as well, so that a bad quarter of an hour does not hit one alone.
-    found = {"same": [], "slower": []}
-    chunk = PAIRS_A_LAUNCH
-    todo = [
-        (name, other)
-        for name, other, count in zip(found, (Bench, Slower), asked.pairs, strict=True)
-        for _ in range(count // chunk)
-    ]
-    for name, other in [todo[i] for i in np.random.default_rng(0).permutation(len(todo))]:
-        rows = pairs(study, chunk, other)
-        done = len(found[name])
-        found[name] += [row | {"pair": done + i, "launch": done // chunk} for i, row in enumerate(rows)]
-    for name, rows in found.items():
-        table = pd.DataFrame(rows).assign(
-            variant=VARIANT, level=intervals.PAIR_LEVEL, forwards=BUDGET.forwards, device=about["cpu"], commit=about["commit"],
-            torch=torch.__version__,
-        )  # fmt: skip
-        records.write_whole(asked.out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        print(
-            f"{name}: {table.different.sum()} of {len(table)} called different, median ratio {table.ratio.median():.4f}"
-        )
+    same, slower = (count // PAIRS_A_LAUNCH for count in asked.pairs)
+    if asked.share is not None:
+        os.sched_setaffinity(0, {int(core) for core in asked.cores[asked.share].split(",")})
+        # In an order that mixes both kinds, so that a bad minute does not hit one alone.
+        order = sorted(range(same + slower), key=lambda n: n * 0.618 % 1)
+        share(study, order[asked.share :: len(asked.cores)], same, asked.parts)
+        return
+    with tempfile.TemporaryDirectory() as parts:
+        words = [sys.executable, *sys.argv, "--parts", parts, "--share"]
+        started = [subprocess.Popen([*words, str(i)]) for i in range(len(asked.cores))]
+        if any(process.wait() for process in started):
+            raise SystemExit("a share failed: its error is above")
+        for kind in ("same", "slower"):
+            table = pd.concat([pd.read_csv(path) for path in sorted(Path(parts).glob(f"{kind}-*.csv"))])
+            table = table.assign(
+                variant=VARIANT, batch_size=BATCH_SIZE, processes=PROCESSES, extra=EXTRA * (kind == "slower"),
+                level=intervals.PAIR_LEVEL, device=about["cpu"], commit=about["commit"], torch=torch.__version__,
+            )  # fmt: skip
+            records.write_whole(asked.out / f"{kind}.csv", table.to_csv(index=False, lineterminator="\n"))
+            print(
+                f"{kind}: {table.different.sum()} of {len(table)} called different, median ratio {table.ratio.median():.4f}"
+            )
 
 
 if __name__ == "__main__":
