@@ -110,10 +110,10 @@ def found(**by_quantity) -> dict:
     return table
 
 
-def verdict(table: pd.DataFrame, **wanted) -> list[str]:
+def verdict(found: pd.DataFrame, **wanted) -> list[str]:
     for column, value in wanted.items():
-        table = table[table[column] == value]
-    return list(table.verdict)
+        found = found[found[column] == value]
+    return list(found.verdict)
 
 
 def test_ratios_are_compared_and_not_times():

@@ -93,7 +93,7 @@ def test_the_interval_and_scipys_p_value_decide_alike():
         found = intervals.ratio(np.exp(d), np.ones(40))
         p = stats.wilcoxon(d, method="approx").pvalue
         assert found.p == pytest.approx(p, rel=1e-6)
-        agreed += found.different == (p < 0.002)
+        agreed += (found.low > 1 or found.high < 1) == (p < 0.002)
     assert agreed >= 199  # one may lie on the edge between two ranks
 
 
@@ -115,3 +115,11 @@ def test_a_two_percent_difference_is_seen_through_one_percent_noise():
 def test_too_few_rounds_decide_nothing():
     assert not intervals.ratio([2.0] * 12, [1.0] * 12).different
     assert intervals.ratio([2.0] * 13, [1.0] * 13).different
+
+
+def test_less_than_half_a_percent_is_never_called():
+    """However sure the interval: two processes of one program differ by as much."""
+    tight = np.random.default_rng(10).normal(0, 0.001, 100)
+    assert not intervals.ratio(np.exp(tight + 0.004), np.ones(100)).different
+    assert intervals.ratio(np.exp(tight + 0.008), np.ones(100)).different
+    assert intervals.ratio(np.exp(tight - 0.008), np.ones(100)).different

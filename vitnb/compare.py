@@ -20,6 +20,12 @@ RATIO_COLUMNS = ["a", "b", "batch_size", "ratio", "low", "high", "samples"]
 FEWEST_ROUNDS = 20
 
 
+def warm_up(workers: dict[str, list[Worker]], batch_size: int) -> None:
+    """Bring every process to a stable time at this batch size."""
+    for worker in (worker for several in workers.values() for worker in several):
+        worker.ask("warm_up", batch_size=batch_size)
+
+
 def take_turns(
     workers: dict[str, list[Worker]], batch_size: int, budget: studies.Compare, seed: int = 0
 ) -> dict[str, list]:
@@ -29,8 +35,6 @@ def take_turns(
     their memory lies, and that must not pass for a difference between variants. Ends after ``budget.rounds`` or
     ``budget.seconds``, but not before FEWEST_ROUNDS.
     """
-    for worker in (worker for several in workers.values() for worker in several):
-        worker.ask("warm_up", batch_size=batch_size)
     random, blocks = np.random.default_rng(seed), {name: [] for name in workers}
     begin = time.perf_counter()
     for done in range(budget.rounds):
@@ -69,6 +73,7 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
                 failed[name] = one_line(error)
                 del workers[name]
         for size in study.batch_sizes:
+            warm_up(workers, size)
             blocks[str(size)] = take_turns(workers, size, study.compare, study.seed)
             rounds = len(next(iter(blocks[str(size)].values()), []))
             print(f"batch {size}: {len(workers)} variants side by side, {rounds} rounds", flush=True)

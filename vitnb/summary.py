@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from vitnb import accuracy, latency, records, roofline, studies, variants
+from vitnb import accuracy, intervals, latency, records, roofline, studies, variants
 
 MB = 2**20  # megabytes are 2^20 bytes everywhere, as in the source study
 COLUMNS = [
@@ -218,7 +218,7 @@ def speed(row) -> str:
     """A ratio of times in words, for instance ``1.31x faster (1.28 to 1.35)``."""
     if row.variant == variants.BASELINE:
         return "the baseline"
-    if row.low <= 1 <= row.high:
+    if not intervals.differ(row.low, row.high):
         return f"no difference beyond noise ({1 / row.high:.2f} to {1 / row.low:.2f})"
     if row.ratio < 1:
         return f"{1 / row.ratio:.2f}x faster ({1 / row.high:.2f} to {1 / row.low:.2f})"

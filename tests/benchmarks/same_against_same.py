@@ -33,6 +33,7 @@ def launch(study: studies.Study, other: type, seed: int) -> list[dict]:
             name: [stack.enter_context(Worker(study, VARIANT, "cpu", bench)) for _ in range(PROCESSES)]
             for name, bench in (("plain", Bench), ("other", other))
         }
+        compare.warm_up(workers, BATCH_SIZE)
         rows = []
         for pair in range(PAIRS_A_LAUNCH):
             blocks = compare.take_turns(workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair)
