@@ -68,7 +68,8 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
             worker.send("describe")
         for name, several in list(workers.items()):
             try:
-                launched[name] = [worker.receive() for worker in several][0]["attention_launched"]
+                described = [worker.receive() for worker in several]
+                launched[name] = described[0]["attention_launched"]
             except VariantError as error:
                 failed[name] = one_line(error)
                 del workers[name]
