@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -43,9 +44,16 @@ def launch(study: studies.Study, other: type, seed: int) -> list[dict]:
     return rows
 
 
-def share(study: studies.Study, launches: list[int], same: int, out: Path) -> None:
-    """Run some launches, the first ``same`` of all of which compare the variant with itself; one CSV each."""
+def share(study: studies.Study, launches: list[int], same: int, out: Path, minutes: float) -> None:
+    """Run some launches, the first ``same`` of all of which compare the variant with itself; one CSV each.
+
+    None is started that would not end within ``minutes`` if it took as long as the longest so far.
+    """
+    start, longest = time.monotonic(), 0.0
     for number in launches:
+        begin = time.monotonic()
+        if begin - start + longest > 60 * minutes:
+            return
         kind, other = ("same", Bench) if number < same else ("slower", Slower)
         table = pd.DataFrame(launch(study, other, number))
         records.write_whole(out / f"{kind}-{number:03d}.csv", table.to_csv(index=False, lineterminator="\n"))
@@ -53,6 +61,7 @@ def share(study: studies.Study, launches: list[int], same: int, out: Path) -> No
             f"{kind} {number}: {table.different.sum()} of {len(table)} called different, {table.ratio.median():.4f}",
             flush=True,
         )
+        longest = max(longest, time.monotonic() - begin)
 
 
 def main() -> None:
@@ -60,6 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "instrument")
     parser.add_argument("--pairs", type=int, nargs=2, default=(200, 100), metavar=("SAME", "SLOWER"))
     parser.add_argument("--cores", nargs="+", default=["0,1"], help="pairs of cores, such as 0,1 2,3")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no launch that would end after that")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which pair of cores this process is
     parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -69,7 +79,7 @@ def main() -> None:
         os.sched_setaffinity(0, {int(core) for core in asked.cores[asked.share].split(",")})
         # In an order that mixes both kinds, so that a bad minute does not hit one alone.
         order = sorted(range(same + slower), key=lambda n: n * 0.618 % 1)
-        share(study, order[asked.share :: len(asked.cores)], same, asked.parts)
+        share(study, order[asked.share :: len(asked.cores)], same, asked.parts, asked.minutes)
         return
     with tempfile.TemporaryDirectory() as parts:
         words = [sys.executable, *sys.argv, "--parts", parts, "--share"]
