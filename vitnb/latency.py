@@ -70,8 +70,11 @@ def on_device(loaded: Loaded, model, pixels: torch.Tensor, forwards: int, cold: 
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def warm_up(forward) -> dict[str, object]:
-    """Call ``forward`` (-> milliseconds) until it is stable: forwards and seconds that it took, and whether it became so."""
+def warm_up(forward, limit: float = WARMUP_LIMIT_SECONDS) -> dict[str, object]:
+    """Call ``forward`` (-> milliseconds) until it is stable or ``limit`` seconds and three windows are over.
+
+    Returns: the forwards and seconds that it took, and whether it became stable.
+    """
     begin, medians, forwards = time.perf_counter(), [], 0
     while True:
         window, start = [], time.perf_counter()
@@ -81,7 +84,7 @@ def warm_up(forward) -> dict[str, object]:
         forwards += len(window)
         last, seconds = medians[-WINDOWS:], time.perf_counter() - begin
         stable = len(last) == WINDOWS and max(last) <= (1 + AGREE) * min(last)
-        if stable or (seconds > WARMUP_LIMIT_SECONDS and len(last) == WINDOWS):
+        if stable or (seconds > limit and len(last) == WINDOWS):
             return {"forwards": forwards, "seconds": round(seconds, 3), "stable": stable}
 
 

@@ -17,6 +17,12 @@ from vitnb.errors import UserError, VariantError, one_line
 
 # Each thread keeps its core: where the scheduler moves them, one process can be slower than its twin for seconds on end.
 SETTINGS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+# The OpenMP runtime binds the first thread of every process to the first core as soon as torch is imported. Until the variant is
+# loaded it is set free, or all processes would load on that one core.
+START = (
+    "import os, vitnb; cores = os.sched_getaffinity(0); import torch; bound = os.sched_getaffinity(0); "
+    "os.sched_setaffinity(0, cores); from vitnb import workers; workers.main({pipe}, bound)"
+)
 
 
 class Bench:
@@ -39,10 +45,10 @@ class Bench:
         return self.loaded.found()
 
     def warm_up(self, batch_size: int) -> dict:
-        """Forwards until the time is stable; see ``latency.warm_up``."""
+        """Forwards until the time is stable, or for a second: the turns that follow do not depend on it. See ``latency.warm_up``."""
         pixels = self._batch(batch_size)
         with self.loaded.running() as model:
-            return latency.warm_up(lambda: latency.on_host(self.loaded, model, pixels))
+            return latency.warm_up(lambda: latency.on_host(self.loaded, model, pixels), limit=1.0)
 
     def block(self, batch_size: int, forwards: int) -> list[float]:
         """Milliseconds of some forwards in a row, after one that is not counted: another process had the caches."""
@@ -55,8 +61,11 @@ class Bench:
         return [memory.peaks(self.loaded, self._batch(size), self.before) for size in sorted(batch_sizes)]
 
 
-def serve(pipe: Connection) -> None:
-    """Answer questions until the pipe closes. A user's error goes back as what it is, any other in one line."""
+def serve(pipe: Connection, bound: set[int]) -> None:
+    """Answer questions until the pipe closes, on the cores ``bound`` once the variant is loaded.
+
+    A user's error goes back as what it is, any other in one line.
+    """
     bench, arguments = pipe.recv()
     held = None
     while True:
@@ -65,7 +74,9 @@ def serve(pipe: Connection) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            held = held or bench(*arguments)
+            if held is None:
+                held = bench(*arguments)
+                os.sched_setaffinity(0, bound)
             answer = (None, getattr(held, name)(**options))
         except (UserError, VariantError) as error:
             answer = (type(error), one_line(error))
@@ -87,7 +98,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             # A new interpreter, not a fork: a fork would inherit what this process has allocated and started.
-            command = f"from vitnb import workers; workers.main({theirs.fileno()})"
+            command = START.format(pipe=theirs.fileno())
             python_path = os.pathsep.join([str(studies.ROOT), *filter(None, sys.path)])
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command],
@@ -134,6 +145,6 @@ class Worker:
         self._process.wait()
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, bound: set[int]) -> None:
     """What the new interpreter runs: serve the pipe that it inherited."""
-    serve(Connection(descriptor))
+    serve(Connection(descriptor), bound)

@@ -2,8 +2,8 @@
 
 ``python tests/benchmarks/same_against_same.py`` writes ``same.csv`` (200 pairs; one called different is a false alarm, at a
 stated rate of 0.2%) and ``slower.csv`` (100 pairs, of which one does 2% extra work; called the same is a miss), with the p-value
-of every pair. The rule is that of ``vitnb compare``. Each pair of CPU cores that ``--cores`` names runs a share of them, in fresh
-processes for every ten pairs.
+of every pair. The rule is that of ``vitnb compare``. Each set of CPU cores that ``--cores`` names, such as ``0 1`` or
+``0,1 2,3``, runs a share of them, with a thread for each of its cores, in fresh processes for every twenty pairs.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from slower import EXTRA, Slower
 from vitnb import compare, intervals, machine, records, studies
 from vitnb.workers import Bench, Worker
 
-VARIANT, BATCH_SIZE, PROCESSES = "fp32-sdpa", 4, 6
-BUDGET = studies.Compare(rounds=100, seconds=1e9, forwards=1)
-PAIRS_A_LAUNCH = 10
+VARIANT, BATCH_SIZE, PROCESSES = "fp32-sdpa", 1, 3
+BUDGET = studies.Compare(rounds=160, seconds=1e9, forwards=1)
+PAIRS_A_LAUNCH = 20
 
 
 def launch(study: studies.Study, other: type, seed: int) -> list[dict]:
-    """Ten comparisons of one variant: plain processes against others that run ``other``."""
+    """Twenty comparisons of one variant: plain processes against others that run ``other``."""
     with ExitStack() as stack:
         workers = {
             name: [stack.enter_context(Worker(study, VARIANT, "cpu", bench)) for _ in range(PROCESSES)]
@@ -68,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "instrument")
     parser.add_argument("--pairs", type=int, nargs=2, default=(200, 100), metavar=("SAME", "SLOWER"))
-    parser.add_argument("--cores", nargs="+", default=["0,1"], help="pairs of cores, such as 0,1 2,3")
+    parser.add_argument("--cores", nargs="+", default=["0,1"], help="sets of cores, such as 0,1 2,3")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no launch that would end after that")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which pair of cores this process is
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which set of cores this process is
     parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     study, about = studies.load("embedded"), machine.machine()
@@ -89,7 +89,7 @@ def main() -> None:
         for kind in ("same", "slower"):
             table = pd.concat([pd.read_csv(path) for path in sorted(Path(parts).glob(f"{kind}-*.csv"))])
             table = table.assign(
-                variant=VARIANT, batch_size=BATCH_SIZE, processes=PROCESSES, extra=EXTRA * (kind == "slower"),
+                variant=VARIANT, batch_size=BATCH_SIZE, processes=PROCESSES, threads=len(asked.cores[0].split(",")), extra=EXTRA * (kind == "slower"),
                 level=intervals.PAIR_LEVEL, device=about["cpu"], commit=about["commit"], torch=torch.__version__,
             )  # fmt: skip
             records.write_whole(asked.out / f"{kind}.csv", table.to_csv(index=False, lineterminator="\n"))
