@@ -1,5 +1,6 @@
 # make study: run the embedded study and write outputs/embedded/report.html     (STUDY=name for another)
 # make test:  run every test, the notebooks' stored outputs among them
+# make mutants: plant bugs, one at a time, and see that a test fails: outputs/published/mutants.csv
 # make lab:   open JupyterLab on the notebooks
 #
 # Each makes .venv with pinned versions first, if it is missing. With an interpreter that already has the packages,
@@ -18,12 +19,15 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Scripts such as jupyter are looked up beside the interpreter.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: study test lab notebooks clean
+.PHONY: study test mutants lab notebooks clean
 study: $(READY)
 	$(PYTHON) -m vitnb study $(STUDY)
 
 test: $(READY)
 	sh tests/run.sh $(PYTHON)
+
+mutants: $(READY)
+	$(PYTHON) tests/mutants.py
 
 lab: $(READY)
 	$(PYTHON) -m jupyterlab notebooks

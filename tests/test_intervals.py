@@ -117,9 +117,9 @@ def test_too_few_rounds_decide_nothing():
     assert intervals.ratio([2.0] * 13, [1.0] * 13).different
 
 
-def test_less_than_half_a_percent_is_never_called():
+def test_less_than_a_quarter_of_a_percent_is_never_called():
     """However sure the interval: two processes of one program differ by as much."""
     tight = np.random.default_rng(10).normal(0, 0.001, 100)
-    assert not intervals.ratio(np.exp(tight + 0.004), np.ones(100)).different
-    assert intervals.ratio(np.exp(tight + 0.008), np.ones(100)).different
-    assert intervals.ratio(np.exp(tight - 0.008), np.ones(100)).different
+    assert not intervals.ratio(np.exp(tight + 0.002), np.ones(100)).different
+    assert intervals.ratio(np.exp(tight + 0.005), np.ones(100)).different
+    assert intervals.ratio(np.exp(tight - 0.005), np.ones(100)).different

@@ -60,6 +60,22 @@ def test_samples_are_milliseconds_and_the_first_forward_is_apart(fake):
     assert latency.samples(found) == found["host_ms"]
 
 
+def test_the_host_s_time_ends_when_the_device_is_done(fake, monkeypatch):
+    """A device to which forwards are only handed over, in no time: 20 ms of work each, and 50 ms from before that do not count."""
+    pending = [0.05]
+
+    def synchronize():
+        fake.clock.now += pending[0]
+        pending[0] = 0.0
+
+    def model(pixel_values):
+        pending[0] += 0.02
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    fake.device = torch.device("cuda")
+    assert [latency.on_host(fake, model, torch.zeros(1)) for _ in range(2)] == pytest.approx([20.0, 20.0])
+
+
 def test_throughput_counts_the_time_between_forwards(fake):
     """Reading the clock takes a millisecond here, between the samples as well as in them."""
     fake.clock.per_reading = 0.001

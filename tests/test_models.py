@@ -2,14 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vitnb import models, quantize, studies, variants
 from vitnb.errors import UserError, VariantError
@@ -108,6 +109,29 @@ def test_a_checkpoint_that_is_not_what_the_variant_needs(mini):
         models.load(mini, variants.get("nf4-sdpa"), mini.checkpoint("merged"))
     with pytest.raises(VariantError, match="Linears are quantized"):
         models.load(mini, variants.get("bf16-sdpa"), mini.checkpoint("nf4"))
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(mini, tmp_path):
+    """transformers would fill it with random numbers and go on."""
+    shutil.copytree(mini.checkpoint("merged"), tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    del weights["vit.layers.1.mlp.fc1.weight"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing keys, such as vit.layers.1.mlp.fc1.weight"):
+        models.load(mini, variants.get("fp32-sdpa"), tmp_path / "part")
+
+
+def test_full_precision_is_full(mini):
+    """TensorFloat-32 would make it 19 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    models.load(mini, variants.get("fp32-sdpa"))
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+def test_the_preprocessing_of_the_base_travels_with_every_export(mini):
+    wanted = AutoImageProcessor.from_pretrained(models.find_base(mini)).to_dict()
+    for name in ("merged", "nf4", "int8"):
+        assert AutoImageProcessor.from_pretrained(mini.checkpoint(name)).to_dict() == wanted
 
 
 def test_pickles_and_empty_folders_are_refused(tmp_path):

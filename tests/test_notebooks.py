@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from vitnb import cli, models, quantize, runner, studies
+from vitnb import cli, data, models, quantize, runner, studies
 
 NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +102,7 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
         "versions",
     ):
         assert one[key] == two[key], key
+    assert one["predictions"]["labels"] == data.split(mini, "test").labels, "scored on the images that chose nothing"
     assert [len(t["host_ms"]) for t in one["timings"]] == [len(t["host_ms"]) for t in two["timings"]]
 
 

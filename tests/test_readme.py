@@ -1,4 +1,4 @@
-"""The README's numbers are those of the published records."""
+"""The README's numbers are those of the published files, and these follow from the published records."""
 
 import json
 import re
@@ -6,37 +6,117 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
-from vitnb import summary
+from vitnb import ablate, accuracy, claims, compare, intervals, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "outputs" / "published" / "embedded"
+INSTRUMENT = ROOT / "outputs" / "published" / "instrument"
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_published_summary_follows_from_the_published_records():
-    table = pd.read_csv(PUBLISHED / "summary.csv", keep_default_na=False, na_values=[""])
-    rows = {}
-    for path in (PUBLISHED / "records").glob("evaluate-*.json"):
-        for row in summary.rows(json.loads(path.read_text())):
-            rows[row["variant"], row["batch_size"]] = row
-    assert len(rows) == len(table) >= 7
-    for found in table.to_dict("records"):
-        for name, value in rows[found["variant"], found["batch_size"]].items():
-            if value is None or value == "":
-                assert pd.isna(found[name]), name
+def record(name: str) -> dict:
+    return json.loads((PUBLISHED / "records" / f"{name}.json").read_text())
+
+
+def evaluated() -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((PUBLISHED / "records").glob("evaluate-*.json"))]
+
+
+def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
+    """Cell by cell; blanks and nothing are the same."""
+    assert list(found.columns) == list(wanted.columns) and len(found) == len(wanted)
+    for name in wanted:
+        for a, b in zip(found[name], wanted[name], strict=True):
+            if b is None or b == "" or b != b:
+                assert a == "" or a != a, name
             else:
-                assert found[name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
+                assert a == (pytest.approx(b, rel=1e-9) if isinstance(b, float) else b), name
+
+
+def published(name: str) -> pd.DataFrame:
+    return pd.read_csv(PUBLISHED / name, keep_default_na=False, na_values=[""])
+
+
+def tables() -> dict[str, pd.DataFrame]:
+    """The published tables again, from the published records alone."""
+    turns, ablated = record("compare"), record("ablate")
+    rows = [row for found in evaluated() for row in summary.rows(found, record("finetune"))]
+    order = [(a.variant, a.batch_size) for a in published("summary.csv").itertuples()]
+    rows.sort(key=lambda row: order.index((row["variant"], row["batch_size"])))
+    table, every = pd.DataFrame(rows, columns=summary.COLUMNS), compare.ratios(turns)
+    answers = accuracy.compared(evaluated(), turns)
+    return {
+        "summary.csv": table, "ratios.csv": every, "accuracy.csv": answers, "ablation.csv": ablate.table(ablated["rows"]),
+        "claims.csv": claims.verdicts(claims.measured(table, every, answers, ablated)),
+    }  # fmt: skip
+
+
+def test_the_published_tables_follow_from_the_published_records():
+    found = tables()
+    assert {path.name for path in PUBLISHED.glob("*.csv")} == set(found)
+    for name, table in found.items():
+        same(published(name), table)
+    assert len(found["summary.csv"]) == 14 and set(found["summary.csv"].status) == {"ok"}
+
+
+def test_every_published_record_says_where_it_comes_from():
+    names = {path.stem for path in (PUBLISHED / "records").iterdir()}
+    assert {"finetune", "ablate", "infer", "compare"} < names
+    for name in names:
+        found = record(name)
+        assert len(found["machine"]["commit"]) == 40 and found["machine"]["dirty"] is False, name
+        assert found["machine"]["cpu"] and found["versions"]["torch"] and found["study_asked"]["name"] == "embedded"
 
 
 def test_the_table_in_the_readme_is_the_published_one():
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| `\w+-\w+` \|", line)]
-    table = pd.read_csv(PUBLISHED / "summary.csv")
+    lines = [line for line in README.splitlines() if re.match(r"\| `\w+-\w+` \|", line)]
+    table, ratios = published("summary.csv"), compare.against(published("ratios.csv"))
     assert len(lines) == len(set(table.variant))
     sizes = sorted(set(table.batch_size))
     for line in lines:
-        name, top1, kernel, *times, disk, resident = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        name, top1, kernel, *cells, disk, resident = [cell.strip(" `") for cell in line.strip("|").split("|")]
         rows = table[table.variant == name].set_index("batch_size")
-        first = rows.loc[sizes[0]]
+        beside, first = ratios[ratios.variant == name].set_index("batch_size"), rows.loc[sizes[0]]
         assert (top1, kernel) == (f"{first.top1:.3f}", first.attention_ran)
-        assert times == [f"{rows.loc[size].latency_p50_ms:.1f}" for size in sizes]
+        assert cells[:2] == [f"{rows.loc[size].latency_p50_ms:.1f}" for size in sizes]
+        wanted = [f"{r.ratio:.2f} ({r.low:.2f} to {r.high:.2f})" for r in (beside.loc[size] for size in sizes)]
+        assert cells[2:] == (["1", "1"] if name == "fp32-sdpa" else wanted)
         assert (disk, resident) == (f"{first.disk_mb:.2f}", f"{first.resident_mb:.2f}")
+
+
+def test_single_numbers_in_the_readme():
+    assert f"reaches {record('finetune')['floors']['probe']:.3f}" in README
+    assert f"each of the {len(claims.ledger())} numbers" in README
+
+
+def test_the_comparison_tells_equal_from_different():
+    """200 pairs that are the same, 100 of which one does 2% more work: the rule, applied to the published intervals."""
+    for name, pairs in (("same", 200), ("slower", 100)):
+        table = pd.read_csv(INSTRUMENT / f"{name}.csv")
+        called = sum(intervals.differ(row.low, row.high) for row in table.itertuples())
+        assert len(table) == pairs and table.p.between(0, 1).all() and (table.rounds >= 100).all()
+        assert (table.level == intervals.PAIR_LEVEL).all() and (table.low < table.ratio).all()
+        assert called <= 2 if name == "same" else called >= 95
+        assert f"{called} of {pairs}" in README
+
+
+def test_times_on_a_gpu_beside_tritons():
+    """What the README says of the two published runs; rows beyond 1% are counted, not hidden."""
+    for name in ("gpu-alone", "gpu-beside-other-work"):
+        table = pd.read_csv(INSTRUMENT / f"{name}.csv")
+        near = int((abs(table.over_do_bench - 1) <= 0.01).sum())
+        assert len(table) >= 18 and (table.unclassified < 0.01).all() and f"{near} of {len(table)}" in README
+        assert abs(table.over_do_bench - 1).max() < 0.02
+    assert abs(table.timeline_ratio - 1).max() < 0.03
+
+
+def test_no_planted_bug_survived():
+    table = pd.read_csv(ROOT / "outputs" / "published" / "mutants.csv")
+    assert list(table.columns) == ["bug", "patch", "test", "result"]
+    bugs = yaml.safe_load((ROOT / "tests" / "mutants.yaml").read_text())
+    assert list(table.bug) == [bug["bug"] for bug in bugs] and list(table.test) == [bug["test"] for bug in bugs]
+    assert set(table.result) == {"caught"} and f"{len(table)} of {len(table)} planted bugs" in README
+    defects = sorted(int(bug.split()[1].strip(":")) for bug in table.bug if bug.startswith("defect "))
+    assert defects == list(range(1, 20)) and len(table) - len(defects) >= 20

@@ -66,14 +66,8 @@ def _fits(folder: Path) -> str:
         )
     except Exception as error:  # whatever transformers trips over
         raise UserError(f"{folder} does not load: {one_line(error)}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
-            first = min(
-                f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k for k in found[kind]
-            )
-            raise UserError(
-                f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
-            )
+    if wrong := models.misfits(found):
+        raise UserError(wrong)
     quantized, kept = quantize.count(model)
     return f"config        fits the weights; {quantized} Linears quantized, {kept} kept"
 

@@ -15,7 +15,7 @@ LEVEL = 0.95
 # level, 0.2% of pairs that are the same would be called different by chance alone; the margin is for what is no chance, that
 # processes of the same program differ by where their memory lies (outputs/published/instrument).
 PAIR_LEVEL = 0.998
-PAIR_MARGIN = 0.005
+PAIR_MARGIN = 0.0025
 
 
 def bootstrap(

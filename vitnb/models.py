@@ -103,6 +103,17 @@ def _from_pretrained(source: str | Path, **options) -> nn.Module:
         raise UserError(f"cannot load {source}: {one_line(error)}") from None
 
 
+def misfits(found: dict) -> str:
+    """What transformers' loading info says that is missing, left over or of another shape, in words; nothing if all fits."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            first = min(
+                f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k for k in found[kind]
+            )
+            return f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
+    return ""
+
+
 def disk_bytes(folder: Path) -> int:
     """Bytes of all files of a checkpoint."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -184,9 +195,17 @@ def load(
     dtype = torch.float32 if variant.weights == "fp32" else half(on)
     # TensorFloat-32 would make the full-precision baseline a 19-bit one.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = _from_pretrained(
-        safe(folder), dtype=dtype, attn_implementation=attention.implementation(launched), device_map={"": on}
-    ).eval()
+    # transformers fills what a checkpoint lacks with random numbers, and only warns.
+    model, found = _from_pretrained(
+        safe(folder),
+        dtype=dtype,
+        attn_implementation=attention.implementation(launched),
+        device_map={"": on},
+        output_loading_info=True,
+    )
+    if wrong := misfits(found):
+        raise UserError(f"{folder}: {wrong}: make it again with 'python -m vitnb run finetune -p study {study.typed}'")
+    model.eval()
     for module in model.modules():
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             module.compute_dtype = dtype

@@ -89,7 +89,8 @@ def main() -> None:
         for kind in ("same", "slower"):
             table = pd.concat([pd.read_csv(path) for path in sorted(Path(parts).glob(f"{kind}-*.csv"))])
             table = table.assign(
-                variant=VARIANT, batch_size=BATCH_SIZE, processes=PROCESSES, threads=len(asked.cores[0].split(",")), extra=EXTRA * (kind == "slower"),
+                variant=VARIANT, batch_size=BATCH_SIZE, processes=PROCESSES, threads=len(asked.cores[0].split(",")),
+                extra=EXTRA * (kind == "slower"),
                 level=intervals.PAIR_LEVEL, device=about["cpu"], commit=about["commit"], torch=torch.__version__,
             )  # fmt: skip
             records.write_whole(asked.out / f"{kind}.csv", table.to_csv(index=False, lineterminator="\n"))

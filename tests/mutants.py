@@ -1,0 +1,119 @@
+"""Planted bugs: each is put into a copy of the project, and the test that should see it must fail.
+
+``python tests/mutants.py [NAME ...]`` plants those of ``mutants.yaml`` (only some: words of their names) and writes
+``outputs/published/mutants.csv`` with bug, patch, test and result: ``caught`` or ``survived``. Two at a time.
+"""
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PLANTED = Path(__file__).with_suffix(".yaml")
+RESULTS = ROOT / "outputs" / "published" / "mutants.csv"
+NEEDED = ("vitnb", "tests", "notebooks", "studies", "data/base", "data/claims.csv", "pyproject.toml", "Snakefile")
+
+
+def copied(folder: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in NEEDED:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy(source, target)
+    return folder
+
+
+def tested(copy: Path, tests: list[str]) -> subprocess.CompletedProcess:
+    """Run some tests there until one fails."""
+    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("VITNB_OUTPUTS", None)
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True)
+
+
+def planted(copy: Path, bug: dict) -> str:
+    """Plant one bug, run its test, take the bug out again; return ``caught`` or ``survived``."""
+    path = copy / bug["file"]
+    whole = path.read_text()
+    if whole.count(bug["old"]) != 1:
+        raise SystemExit(f"'{bug['bug']}': {bug['file']} holds its text {whole.count(bug['old'])} times, not once")
+    try:
+        path.write_text(whole.replace(bug["old"], bug["new"]))
+        ended = tested(copy, [bug["test"]])
+    finally:
+        path.write_text(whole)
+    if ended.returncode not in (0, 1):  # a test that did not run caught nothing
+        raise SystemExit(f"'{bug['bug']}': pytest ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr}")
+    return "caught" if ended.returncode else "survived"
+
+
+def shown(text: str) -> str:
+    """A piece of code on one line."""
+    return " ".join(text.split())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="words of the bugs to plant; all without")
+    parser.add_argument("--at-once", type=int, default=2)
+    asked = parser.parse_args()
+    every = yaml.safe_load(PLANTED.read_text())
+    bugs = [bug for bug in every if not asked.names or any(word in bug["bug"] for word in asked.names)]
+    waiting, found, stopped = queue.SimpleQueue(), {}, []
+    for bug in bugs:
+        waiting.put(bug)
+
+    def work(copy: Path) -> None:
+        while not stopped:
+            try:
+                bug = waiting.get_nowait()
+            except queue.Empty:
+                return
+            begin = time.monotonic()
+            try:
+                found[bug["bug"]] = planted(copy, bug)
+            except SystemExit as error:
+                stopped.append(error)
+                return
+            print(f"{found[bug['bug']]:8} {time.monotonic() - begin:4.0f} s  {bug['bug']}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [copied(Path(folder) / str(i)) for i in range(asked.at_once)]
+        sound = tested(copies[0], sorted({bug["test"] for bug in bugs}))
+        if sound.returncode:
+            raise SystemExit(f"the tests must pass before anything is planted:\n{sound.stdout[-3000:]}")
+        threads = [threading.Thread(target=work, args=(copy,)) for copy in copies]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if stopped:
+        raise stopped[0]
+    rows = [
+        {"bug": bug["bug"], "patch": f"{bug['file']}: {shown(bug['old'])} -> {shown(bug['new'])}", "test": bug["test"],
+         "result": found[bug["bug"]]}
+        for bug in bugs
+    ]  # fmt: skip
+    survivors = [row["bug"] for row in rows if row["result"] == "survived"]
+    print(f"{len(rows) - len(survivors)} of {len(rows)} caught; survived: {', '.join(survivors) or 'none'}")
+    if not asked.names:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    raise SystemExit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
