@@ -115,7 +115,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(mini, tmp_path):
     """transformers would fill it with random numbers and go on."""
     shutil.copytree(mini.checkpoint("merged"), tmp_path / "part")
     weights = load_file(tmp_path / "part" / "model.safetensors")
-    del weights["vit.layers.1.mlp.fc1.weight"]
+    del weights["vit.encoder.layer.1.intermediate.dense.weight"]
     save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 missing keys, such as vit.layers.1.mlp.fc1.weight"):
         models.load(mini, variants.get("fp32-sdpa"), tmp_path / "part")

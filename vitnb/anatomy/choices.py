@@ -1,9 +1,8 @@
 """Defects of choosing: the best of many noisy numbers is quoted as if it had not been chosen (13, 14)."""
 
 import numpy as np
-from scipy.stats import binomtest
 
-from vitnb import quantize
+from vitnb import intervals, quantize
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
 
@@ -52,22 +51,6 @@ def chosen_on(bench: Bench, heads: int = 40, images: int = 204, repeats: int = 2
     )  # fmt: skip
 
 
-def holm(p_values: list[float]) -> np.ndarray:
-    """p-values corrected for their number (S. Holm, 1979), in the order given."""
-    order, count, running = np.argsort(p_values), len(p_values), 0.0
-    corrected = np.empty(count)
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (count - rank) * p_values[index]))
-        corrected[index] = running
-    return corrected
-
-
-def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
-    """Exact p-value (Q. McNemar, 1947) of a difference in right answers, bool [images] each, on the same images."""
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    return binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-
-
 def best_layer(bench: Bench, layers: int = 24, images: int = 102, repeats: int = 50, noise: float = 0.3) -> Case:
     """Defect 14. Done wrong: layers are ranked by the top-1 that keeping them gains on few images. Done instead: the
     winner is judged on images that did not rank it, and all by a paired test corrected for the number of layers.
@@ -94,7 +77,7 @@ def best_layer(bench: Bench, layers: int = 24, images: int = 102, repeats: int =
         few, others = (100 * (kept[:, part].mean(1) - none[part].mean()) for part in (order[:images], order[images:]))
         ranked.append((few, others))
         drawn = order[:images]
-        found += holm([mcnemar(none[drawn], right[drawn]) for right in kept]).min() < 0.05
+        found += min(intervals.holm([intervals.mcnemar(none[drawn], right[drawn])[2] for right in kept])) < 0.05
     wrong, sound = np.mean([(few.max(), others[few.argmax()]) for few, others in ranked], axis=0)
     return Case(
         14, "The best of layers that are all alike", f"best of {layers} on {images} images, mean of {repeats} draws",
