@@ -45,7 +45,7 @@ def with_adapters(
     *,
     rank=8,
     alpha=32,
-    dropout=0.1,
+    dropout=None,
     target="all",
     base_precision="fp32",
     gradient_checkpointing=False,
@@ -53,7 +53,8 @@ def with_adapters(
     """The study's base with LoRA adapters and a fresh head that is trained with them.
 
     Args:
-        rank, alpha, dropout: of the adapters; their product is scaled by alpha / rank.
+        rank, alpha: of the adapters, whose product is scaled by alpha / rank.
+        dropout: before the adapters; None for ``study.finetune.dropout``.
         target: which Linears get one, see ``targets``.
         base_precision: ``fp32`` (LoRA), ``nf4`` or ``int8`` (QLoRA: the frozen base is quantized while training).
         gradient_checkpointing: trade time for memory by computing activations twice.
@@ -63,7 +64,12 @@ def with_adapters(
     model = models.load_base(study, class_names, base_precision)
     head, chosen = quantize.head(model), targets(model, target)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=chosen, modules_to_save=[head]
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=study.finetune.dropout if dropout is None else dropout,
+        bias="none",
+        target_modules=chosen,
+        modules_to_save=[head],
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -25,6 +25,7 @@ class Finetune:
     patience: int = 4  # epochs without a better validation top-1 before the training stops
     batch_size: int = 32
     learning_rate: float = 1e-3  # peak of the one-cycle schedule (AdamW)
+    dropout: float = 0.1  # in the adapters
     crop_scale: float = 0.6  # smallest area of a random crop, as a share of the image
 
 
@@ -133,7 +134,8 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
     for part in ("finetune", "latency", "compare"):
         for name, value in vars(getattr(study, part)).items():
-            if value <= 0 or (name == "crop_scale" and value > 1):
+            within = 0 <= value < 1 if name == "dropout" else 0 < value <= 1 if name == "crop_scale" else value > 0
+            if not within:
                 raise UserError(f"{path}: {part}: '{name}' cannot be {value}")
     for name, bounds in study.expected.items():
         if len(bounds) != 2 or bounds[0] > bounds[1]:

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vitnb import latency, variants
 from vitnb import summary as summaries
@@ -13,7 +14,7 @@ from vitnb.figures.style import MARKERS, PALETTE
 def _scatter(
     points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str], front: bool, ends: tuple = ()
 ) -> Figure:
-    """Variants as named points with the interval of their top-1; the Pareto front, if asked, of low x and high y.
+    """Variants as points with the interval of their top-1; the Pareto front, if asked, of low x and high y.
 
     ``ends``: columns of the interval of x. One panel a batch size.
     """
@@ -37,24 +38,20 @@ def _scatter(
             ax=axis,
             legend=False,
         )
-        for rank, (_, row) in enumerate(panel.sort_values([x, "variant"]).iterrows()):
-            above = rank % 2 == 0  # neighbours lie close: name them above and below in turn
-            axis.annotate(
-                row.variant,
-                (row[x], row[y]),
-                xytext=(0, 9 if above else -17),
-                ha="center",
-                textcoords="offset points",
-                fontsize=8,
-            )
         if front:
             best = summaries.pareto(panel, x, y)
-            axis.plot(best[x], best[y], "--", color="0.5", zorder=0, label="Pareto front")
-            axis.legend(loc="best", fontsize=8)
+            axis.plot(best[x], best[y], "--", color="0.5", zorder=0)
         axis.margins(x=0.2, y=0.25)
         axis.set(
             xlabel=labels[0], ylabel=labels[1], title=f"{labels[2]}, batch {size}" if len(sizes) > 1 else labels[2]
         )
+    shown = points.drop_duplicates("variant")
+    points_of = [
+        Line2D([], [], color=PALETTE[v], marker=MARKERS[a], linestyle="", markersize=9, label=v)
+        for v, a in zip(shown.variant, shown.attention, strict=True)
+    ]
+    line = [Line2D([], [], color="0.5", linestyle="--", label="Pareto front")] * front
+    figure.legend(handles=points_of + line, loc="outside right center", fontsize=9)
     return figure
 
 
