@@ -44,8 +44,8 @@ def tested(copy: Path, tests: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True)
 
 
-def planted(copy: Path, bug: dict) -> str:
-    """Plant one bug, run its test, take the bug out again; return ``caught`` or ``survived``."""
+def planted(copy: Path, bug: dict) -> tuple[str, str]:
+    """Plant one bug, run its test, take the bug out again; return ``caught`` or ``survived``, and what the test said."""
     path = copy / bug["file"]
     whole = path.read_text()
     if whole.count(bug["old"]) != 1:
@@ -57,7 +57,8 @@ def planted(copy: Path, bug: dict) -> str:
         path.write_text(whole)
     if ended.returncode not in (0, 1):  # a test that did not run caught nothing
         raise SystemExit(f"'{bug['bug']}': pytest ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr}")
-    return "caught" if ended.returncode else "survived"
+    said = next((line[1:].strip() for line in ended.stdout.splitlines() if line.startswith("E ")), "")
+    return "caught" if ended.returncode else "survived", said
 
 
 def shown(text: str) -> str:
@@ -84,11 +85,11 @@ def main() -> None:
                 return
             begin = time.monotonic()
             try:
-                found[bug["bug"]] = planted(copy, bug)
+                found[bug["bug"]], said = planted(copy, bug)
             except SystemExit as error:
                 stopped.append(error)
                 return
-            print(f"{found[bug['bug']]:8} {time.monotonic() - begin:4.0f} s  {bug['bug']}", flush=True)
+            print(f"{found[bug['bug']]:8} {time.monotonic() - begin:4.0f} s  {bug['bug']}: {said[:100]}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         copies = [copied(Path(folder) / str(i)) for i in range(asked.at_once)]

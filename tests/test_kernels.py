@@ -71,8 +71,8 @@ def test_nothing_is_dequantized_where_nothing_is_quantized(mini):
 
 
 def test_gaps_are_gaps():
-    """Overlap counts once, and a gap is where nothing runs: [0, 2], [1, 3], gap of 2, [5, 6] with [5.2, 5.5] inside."""
-    assert kernels.busy_and_idle([(0, 2), (1, 3), (5, 6), (5.2, 5.5)]) == (4, 2)
+    """Overlap counts once, and a gap is where nothing runs: [0, 2], [1, 3], gap of 2, [5, 7] with [5.25, 5.5] and [5.75, 6.5] inside."""
+    assert kernels.busy_and_idle([(0, 2), (1, 3), (5, 7), (5.25, 5.5), (5.75, 6.5)]) == (5, 2)
 
 
 def test_the_timeline_is_the_latency(mini):
