@@ -1,5 +1,6 @@
 """The README's numbers are those of the published files, and these follow from the published records."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -35,8 +36,12 @@ def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
                 assert a == (pytest.approx(b, rel=1e-9) if isinstance(b, float) else b), name
 
 
+def reread(file) -> pd.DataFrame:
+    return pd.read_csv(file, keep_default_na=False, na_values=[""])
+
+
 def published(name: str) -> pd.DataFrame:
-    return pd.read_csv(PUBLISHED / name, keep_default_na=False, na_values=[""])
+    return reread(PUBLISHED / name)
 
 
 def tables() -> dict[str, pd.DataFrame]:
@@ -57,7 +62,7 @@ def test_the_published_tables_follow_from_the_published_records():
     found = tables()
     assert {path.name for path in PUBLISHED.glob("*.csv")} == set(found)
     for name, table in found.items():
-        same(published(name), table)
+        same(published(name), reread(io.StringIO(table.to_csv(index=False))))
     assert len(found["summary.csv"]) == 14 and set(found["summary.csv"].status) == {"ok"}
 
 
