@@ -23,7 +23,7 @@ from vitnb import compare, intervals, machine, records, studies
 from vitnb.workers import Bench, Worker
 
 VARIANT, BATCH_SIZE, PROCESSES = "fp32-sdpa", 1, 3
-BUDGET = studies.Compare(rounds=160, seconds=1e9, forwards=1)
+BUDGET = studies.Compare(rounds=220, seconds=1e9, forwards=1)
 PAIRS_A_LAUNCH = 20
 
 
