@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,15 +173,28 @@ def test_a_second_run_makes_nothing_and_a_lost_record_is_made_again(done, mini_y
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
     assert vitnb("study", str(mini_yaml), outputs=done.parent).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
-    lost = done / "records" / "evaluate-nf4-fa2.json"
+    lost = done / "records" / "infer.json"
     lost.unlink()
     ended = vitnb("study", str(mini_yaml), outputs=done.parent)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     made = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert {path.relative_to(done).as_posix() for path in made} == {
-        "records/evaluate-nf4-fa2.json", "notebooks/evaluate-nf4-fa2.ipynb", "logits/evaluate-nf4-fa2.npy", "records/compare.json",
-        "ratios.csv", "report.html", "summary.csv", "accuracy.csv", "claims.csv",
+        "records/infer.json", "notebooks/infer-nf4-sdpa.ipynb", "predictions.csv",
+        "report.html", "summary.csv", "accuracy.csv", "claims.csv",
     }  # fmt: skip
+
+
+def test_without_a_variant_s_record_the_comparison_is_made_again_too(done, mini_yaml):
+    """Its answers are the variants' own."""
+    record = done / "records" / "evaluate-nf4-fa2.json"
+    aside = record.rename(done.parent / record.name)
+    try:
+        planned = vitnb("study", str(mini_yaml), "--dry-run", outputs=done.parent)
+    finally:
+        aside.rename(record)
+    assert planned.returncode == 0, planned.stderr
+    jobs = {line.split()[0] for line in planned.stdout.splitlines() if re.fullmatch(r"\w+ +1", line)}
+    assert jobs == {"evaluate", "compare", "report", "all"}
 
 
 def test_one_seed_gives_the_same_predictions_byte_for_byte(done, mini_yaml, tmp_path):

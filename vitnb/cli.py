@@ -1,6 +1,7 @@
 """The command line: ``vitnb`` and ``python -m vitnb`` are the same program."""
 
 import argparse
+import os
 import sys
 
 from vitnb.errors import UserError, VariantError, one_line
@@ -53,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _study(args) -> None:
-    import os
     import subprocess
 
     from vitnb import data, models, records, studies
@@ -158,4 +158,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vitnb: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
