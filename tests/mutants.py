@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -73,40 +73,30 @@ def main() -> None:
     asked = parser.parse_args()
     every = yaml.safe_load(PLANTED.read_text())
     bugs = [bug for bug in every if not asked.names or any(word in bug["bug"] for word in asked.names)]
-    waiting, found, stopped = queue.SimpleQueue(), {}, []
-    for bug in bugs:
-        waiting.put(bug)
+    free = queue.SimpleQueue()  # copies in which nothing is planted
 
-    def work(copy: Path) -> None:
-        while not stopped:
-            try:
-                bug = waiting.get_nowait()
-            except queue.Empty:
-                return
-            begin = time.monotonic()
-            try:
-                found[bug["bug"]], said = planted(copy, bug)
-            except SystemExit as error:
-                stopped.append(error)
-                return
-            print(f"{found[bug['bug']]:8} {time.monotonic() - begin:4.0f} s  {bug['bug']}: {said[:100]}", flush=True)
+    def judged(bug: dict) -> str:
+        copy, begin = free.get(), time.monotonic()
+        try:
+            result, said = planted(copy, bug)
+        finally:
+            free.put(copy)
+        print(f"{result:8} {time.monotonic() - begin:4.0f} s  {bug['bug']}: {said[:100]}", flush=True)
+        return result
 
     with tempfile.TemporaryDirectory() as folder:
         copies = [copied(Path(folder) / str(i)) for i in range(asked.at_once)]
         sound = tested(copies[0], sorted({bug["test"] for bug in bugs}))
         if sound.returncode:
             raise SystemExit(f"the tests must pass before anything is planted:\n{sound.stdout[-3000:]}")
-        threads = [threading.Thread(target=work, args=(copy,)) for copy in copies]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if stopped:
-        raise stopped[0]
+        for copy in copies:
+            free.put(copy)
+        with ThreadPoolExecutor(asked.at_once) as pool:
+            results = list(pool.map(judged, bugs))
     rows = [
         {"bug": bug["bug"], "patch": f"{bug['file']}: {shown(bug['old'])} -> {shown(bug['new'])}", "test": bug["test"],
-         "result": found[bug["bug"]]}
-        for bug in bugs
+         "result": result}
+        for bug, result in zip(bugs, results, strict=True)
     ]  # fmt: skip
     survivors = [row["bug"] for row in rows if row["result"] == "survived"]
     print(f"{len(rows) - len(survivors)} of {len(rows)} caught; survived: {', '.join(survivors) or 'none'}")

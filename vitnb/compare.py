@@ -6,7 +6,7 @@ and the ratio of their times stands still where the times themselves do not.
 
 import time
 from contextlib import ExitStack
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ FEWEST_ROUNDS = 20
 
 def warm_up(workers: dict[str, list[Worker]], batch_size: int) -> None:
     """Bring every process to a stable time at this batch size."""
-    for worker in (worker for several in workers.values() for worker in several):
+    for worker in chain.from_iterable(workers.values()):
         worker.ask("warm_up", batch_size=batch_size)
 
 
@@ -64,7 +64,7 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
             name: [stack.enter_context(Worker(study, name, device)) for _ in range(study.compare.processes)]
             for name in study.variants
         }
-        for worker in (worker for several in workers.values() for worker in several):  # all load at once
+        for worker in chain.from_iterable(workers.values()):  # all load at once
             worker.send("describe")
         for name, several in list(workers.items()):
             try:

@@ -134,8 +134,8 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
     for part in ("finetune", "latency", "compare"):
         for name, value in vars(getattr(study, part)).items():
-            within = 0 <= value < 1 if name == "dropout" else 0 < value <= 1 if name == "crop_scale" else value > 0
-            if not within:
+            shares = {"dropout": 0 <= value < 1, "crop_scale": 0 < value <= 1}
+            if not shares.get(name, value > 0):
                 raise UserError(f"{path}: {part}: '{name}' cannot be {value}")
     for name, bounds in study.expected.items():
         if len(bounds) != 2 or bounds[0] > bounds[1]:
