@@ -9,7 +9,9 @@ records = study.outputs / "records"
 source = asked if asked.endswith((".yaml", ".yml")) else studies.ROOT / "studies" / f"{asked}.yaml"
 
 
+base = [records / "pretrain.json"] if study.pretrain else []
 measured = [
+    *base,
     records / "finetune.json",
     *(records / f"evaluate-{variant}.json" for variant in study.variants),
     records / "compare.json",
@@ -24,9 +26,24 @@ rule all:
         measured,  # a lost record is made again even if the report is newer
 
 
+if study.pretrain:
+
+    rule pretrain:  # its settings are all that it depends on: another change of the study keeps the base
+        output:
+            records / "pretrain.json",
+            directory(study.own_base),
+        params:
+            settings=vars(study.pretrain),
+            seed=study.seed,
+        threads: workflow.cores
+        shell:
+            "{sys.executable} -m vitnb pretrain {asked}"
+
+
 rule finetune:
     input:
         source,
+        base,
     output:
         records / "finetune.json",
         *(directory(study.checkpoint(name)) for name in ("merged", "nf4", "int8")),

@@ -1,6 +1,8 @@
 """Images: the splits of a study as folders of pictures, one folder for each class, read in one stated way."""
 
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from vitnb import garden, studies
 from vitnb.errors import UserError, one_line
 
 SPLITS = ("train", "valid", "test")
+READERS = 8  # threads that read images, on a machine with as many cores
 # Everything that Pillow raises for a file that it cannot read whole: damaged AVIF pixels are a RuntimeError, damaged
 # EXIF a TypeError or struct.error.
 UNREADABLE = (
@@ -146,6 +149,13 @@ class Pixels(Dataset):
         if self.seed is not None:
             image = augment(image, np.random.default_rng((self.seed, self.epoch, index)), self.crop_scale)
         return to_pixels([image], self.processor)[0], self.split.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
+        """A batch at once (DataLoader asks for it so): on many cores by threads, as Pillow and NumPy free the interpreter."""
+        if len(os.sched_getaffinity(0)) < READERS:
+            return [self[index] for index in indices]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self.__getitem__, indices))
 
 
 def to_pixels(images: list[Image.Image], processor) -> torch.Tensor:
