@@ -2,18 +2,25 @@
 
 import os
 import signal
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from vitnb import compare, figures, studies, summary
+from vitnb import claims, compare, figures, report, studies, summary, workers
 from vitnb.errors import UserError, VariantError
 from vitnb.workers import Worker
 
 
 class Sleeper:
     """Stands in for a loaded variant: ``1.5`` makes forwards that take 1.5 times as long as those of ``1``."""
+
+    def prepare(self, batch_size):
+        pass
 
     def __init__(self, study, variant, device):
         self.factor = float(variant)
@@ -31,6 +38,26 @@ class Sleeper:
         if kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         raise {"user": UserError, "variant": VariantError, "other": ZeroDivisionError}[kind]("what happened\nand more")
+
+
+class Fragile(Sleeper):
+    """``1.5`` cannot warm up at batch 2, and breaks in its eighth turn at batch 3."""
+
+    turns = 0
+
+    def describe(self):
+        return {"attention_launched": f"that of {self.factor:g}"}
+
+    def warm_up(self, batch_size):
+        if (self.factor, batch_size) == (1.5, 2):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return {"first_seconds": self.factor * batch_size}
+
+    def block(self, batch_size, forwards):
+        self.turns += batch_size == 3
+        if (self.factor, batch_size, self.turns) == (1.5, 3, 8):
+            raise RuntimeError("CUDA error: misaligned address\nand more")
+        return super().block(batch_size, forwards)
 
 
 @pytest.fixture
@@ -75,6 +102,62 @@ def test_seconds_end_the_turns_but_not_below_twenty_rounds(sleepers):
         {name: [w] for name, w in sleepers.items()}, 1, studies.Compare(rounds=10**6, seconds=1e-9, forwards=1)
     )
     assert len(blocks["1"]) == 20
+
+
+def test_a_variant_that_fails_at_one_size_is_blank_at_that_size_alone(monkeypatch):
+    monkeypatch.setattr(compare, "Bench", Fragile)
+    budget = studies.Compare(rounds=25, seconds=1e9, forwards=2, processes=1)
+    study = studies.Study("x", "", "", "", "", variants=["1", "1.5", "2"], batch_sizes=[1, 2, 3, 4], compare=budget)
+    found = compare.measure(study)
+    assert {size: sorted(blocks) for size, blocks in found["blocks_ms"].items()} == {
+        "1": ["1", "1.5", "2"], "2": ["1", "2"], "3": ["1", "2"], "4": ["1", "1.5", "2"]
+    }  # fmt: skip
+    assert all(np.shape(block) == (25, 2) for blocks in found["blocks_ms"].values() for block in blocks.values())
+    assert list(found["failed"]) == ["1.5 at batch 2", "1.5 at batch 3"]
+    assert found["failed"]["1.5 at batch 2"].startswith("out of memory: lower batch_size")
+    assert found["failed"]["1.5 at batch 3"] == "RuntimeError: CUDA error: misaligned address"
+    assert found["attention_launched"]["1.5"] == "that of 1.5"
+    assert found["warm_up"]["2"] == {"1": {"first_seconds": 2}, "2": {"first_seconds": 4}}
+
+
+def test_where_nobody_keeps_the_reason_a_failure_is_raised():
+    with Worker(None, "1.5", bench=Fragile) as worker:
+        with pytest.raises(VariantError, match="out of memory"):
+            compare.warm_up({"1.5": [worker]}, 2)
+        with pytest.raises(VariantError, match="misaligned"):
+            compare.take_turns({"1.5": [worker]}, 3, studies.Compare(rounds=20, seconds=1e9, forwards=1))
+
+
+def test_all_may_fail(monkeypatch):
+    monkeypatch.setattr(compare, "Bench", Fragile)
+    study = studies.Study("x", "", "", "", "", variants=["1.5"], batch_sizes=[2, 3])
+    found = compare.measure(study)
+    assert found["blocks_ms"] == {"2": {}, "3": {}} and len(found["failed"]) == 2
+
+
+def test_a_turn_begins_with_five_milliseconds_that_are_not_counted():
+    """Each forward spins for 1.2 ms, so that five go ahead; without a warm-up one does; one of 8 ms needs no second."""
+    calls = []
+
+    def spin(milliseconds):
+        calls.append(milliseconds)
+        end = time.perf_counter() + milliseconds / 1e3
+        while time.perf_counter() < end:
+            pass
+
+    for took, ahead in ((1.2, 5), (8.0, 1)):
+        bench = object.__new__(workers.Bench)
+        bench.loaded = SimpleNamespace(
+            device=torch.device("cpu"), engine=SimpleNamespace(ran="eager", reason=""),
+            running=lambda took=took: nullcontext(lambda pixel_values: spin(took)),
+        )  # fmt: skip
+        bench.pixels, bench.cores = {1: torch.zeros(1), 2: torch.zeros(2)}, os.sched_getaffinity(0)
+        bench.first, bench.lead = {}, {}
+        warmed = bench.warm_up(1)
+        assert warmed["first_seconds"] >= took / 1e3 - 1e-3 and warmed["engine_ran"] == "eager"
+        for size, lead in ((1, ahead), (2, 1)):
+            calls.clear()
+            assert min(bench.block(size, 3)) >= took * 0.99 and len(calls) == lead + 3
 
 
 def test_the_order_is_drawn_anew():
@@ -127,6 +210,50 @@ def test_ratios_to_one_of_them():
     turned = compare.against(compare.ratios(RECORD), "nf4-sdpa").set_index("variant")
     assert turned.ratio["fp32-sdpa"] == pytest.approx(1 / 1.5)
     assert turned.low["fp32-sdpa"] <= turned.ratio["fp32-sdpa"] <= turned.high["fp32-sdpa"]
+
+
+def test_peers_come_after_the_variants_and_are_no_variants():
+    """In ratios and times they stand beside them; nothing that is about variants sees them."""
+    random = np.random.default_rng(0)
+    blocks = {name: (base * random.lognormal(0, 0.02, (30, 3))).tolist() for name, base in
+              (("fp32-sdpa", 8.0), ("timm-compile", 2.0), ("nf4-sdpa", 4.0))}  # fmt: skip
+    record = {
+        "asked": {"variants": ["nf4-sdpa", "fp32-sdpa"], "peers": ["timm-compile", "torchao-fp8-compile"]},
+        "blocks_ms": {"1": blocks},
+    }
+    every, times = compare.ratios(record), compare.times(record)
+    assert list(every.a) == ["nf4-sdpa", *["timm-compile", "torchao-fp8-compile"] * 2, "torchao-fp8-compile"]
+    assert list(times.columns) == ["variant", "batch_size", "p50_ms", "low", "high", "samples"]
+    assert list(times.variant) == ["fp32-sdpa", "nf4-sdpa", "timm-compile", "torchao-fp8-compile"]
+    for row in times.itertuples():
+        if row.variant == "torchao-fp8-compile":
+            assert row.samples == 0 and np.isnan([row.p50_ms, row.low, row.high]).all()
+        else:
+            assert row.p50_ms == np.median(np.ravel(blocks[row.variant])) and row.samples == 90
+            assert row.low < row.p50_ms < row.high < 1.02 * row.low
+    ratios = compare.against(every)
+    assert ratios.set_index("variant").ratio["timm-compile"] == pytest.approx(0.25, rel=0.01)
+    shown = report.raced(ratios, times)
+    assert list(shown.variant) == ["fp32-sdpa", "nf4-sdpa", "timm-compile"]
+    p50, low, high = (getattr(times.iloc[2], name) for name in ("p50_ms", "low", "high"))
+    assert shown["p50 ms"][2] == f"{p50:.3f} ({low:.3f} to {high:.3f})" and "4.0" in shown["in words"][2]
+    table = rows(
+        fp32=(1, "ok", 8.0, 20.0, 0.90, 0.88, 0.92, "sdpa", 10.0),
+        nf4=(1, "ok", 1.0, 9.0, 0.89, 0.87, 0.91, "sdpa", 2.0),
+    )
+    table["variant"] = ["fp32-sdpa", "nf4-sdpa"]
+    compared = pd.DataFrame(
+        {"variant": table.variant, "points": [np.nan, -1.0], "verdict": ["the baseline", "no difference beyond noise"]}
+    )
+    advice = summary.recommendation(table, ratios, compared)
+    assert {line["variant"] for line in advice} <= {"fp32-sdpa", "nf4-sdpa"} and len(advice) == 4
+    assert len(figures.accuracy_latency(table, ratios).axes[0].collections[-1].get_offsets()) == 2
+    whole = table.assign(attention_ran="flash", attention_time_ms=1.0, total_time_ms=2.0)
+    answered = compared.assign(
+        points_low=0.0, points_high=0.0, top5_points=0.0, top5_points_low=0.0, top5_points_high=0.0
+    )
+    claimed = claims.verdicts(claims.measured(whole, every, answered, None))
+    assert len(claimed) == len(claims.ledger())
 
 
 def line(variant: str, ratio: float, low: float, high: float):

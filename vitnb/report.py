@@ -81,13 +81,16 @@ def answered(compared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def raced(ratios: pd.DataFrame) -> pd.DataFrame:
-    """Every variant's time over the baseline's, taken in turns, as people read it."""
-    rows = [
-        {"variant": row.variant, "batch": row.batch_size, "time over fp32-sdpa": f"{row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})",
-         "in words": summary.speed(row)}
-        for row in ratios.itertuples() if row.ratio == row.ratio
-    ]  # fmt: skip
+def raced(ratios: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """Every variant's and peer's p50 and its time over the baseline's, taken in the same turns, as people read them."""
+    taken = times.set_index(["variant", "batch_size"])
+    rows = []
+    for row in ratios[ratios.ratio.notna()].itertuples():
+        own = taken.loc[row.variant, row.batch_size]
+        rows.append({
+            "variant": row.variant, "batch": row.batch_size, "p50 ms": f"{own.p50_ms:.3f} ({own.low:.3f} to {own.high:.3f})",
+            "time over fp32-sdpa": f"{row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})", "in words": summary.speed(row),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -106,6 +109,7 @@ def write(study: studies.Study) -> Path:
     current = set(table[table.status == "ok"].record)
     evaluated = [record for record in found if record["name"] in current]
     every = compare.ratios(turns) if turns else pd.DataFrame(columns=compare.RATIO_COLUMNS)
+    times = compare.times(turns) if turns else pd.DataFrame(columns=compare.TIME_COLUMNS)
     ratios, answers = compare.against(every), accuracy.compared(evaluated, turns)
     claimed = claims.verdicts(claims.measured(table, every, answers, ablated))
     pictures = {}
@@ -124,7 +128,7 @@ def write(study: studies.Study) -> Path:
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
         advice=pd.DataFrame(summary.recommendation(table, ratios, answers)), same_kernel=summary.not_comparable(table),
-        raced=raced(ratios), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
+        raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
         keep=keep, records=found, newest=found[-1], MB=summary.MB,

@@ -15,6 +15,8 @@ from vitnb import variants
 from vitnb.errors import UserError, nearest, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a user might take instead of a variant of ours; ``peers`` builds them.
+PEERS = ("timm-compile", "torchao-fp8-compile")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,26 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Pretrain:
+    """How a base is trained from scratch on the garden (see ``vitnb/pretrain.py``). The defaults are ``data/base``'s."""
+
+    hidden_size: int = 128
+    layers: int = 12
+    heads: int = 2
+    patch_size: int = 8  # pixels
+    image_size: int = 64  # pixels a side that the model sees
+    drawn_size: int = 64  # pixels a side that are drawn, then resized as the preprocessor resizes
+    residual_scale: float = 1.0  # of the initial weights that end each branch; 0: blocks start as identities
+    steps: int = 5000
+    batch_size: int = 1024
+    learning_rate: float = 3e-4  # peak: warm-up, then cosine to 0
+    warmup_steps: int = 1000  # at most a quarter of the steps
+    keep_tokens: float = 1.0  # share of the patches, drawn at random, that a step sees
+    full_steps: int = 0  # the last steps, which see all patches
+    minutes: float = 0.0  # stop early, with nothing written, if the steps would take longer; 0: no limit
+
+
+@dataclass(frozen=True)
 class Study:
     """One study; see ``studies/embedded.yaml`` for what each field holds."""
 
@@ -55,14 +77,16 @@ class Study:
     title: str
     question: str
     data: str
-    base: str
+    base: str = ""  # left out where ``pretrain`` makes one
     get_data: str = ""  # one line that says where the images come from when they are missing
     requires: str = ""  # "gpu", or nothing
     seed: int = 0
-    variants: list[str] = field(default_factory=lambda: list(variants.REGISTRY))
+    variants: list[str] = field(default_factory=lambda: list(variants.SOURCE))
+    peers: list[str] = field(default_factory=list)  # of PEERS: they take turns with the variants
     batch_sizes: list[int] = field(default_factory=lambda: [1])
     infer_variant: str = "nf4-sdpa"
     ablate_bits: list[int] = field(default_factory=lambda: [4, 8])
+    pretrain: Pretrain | None = None
     finetune: Finetune = Finetune()
     latency: Latency = Latency()
     compare: Compare = Compare()
@@ -73,6 +97,11 @@ class Study:
     def outputs(self) -> Path:
         """Where this study's results go: ``outputs/<study>``, or below ``$VITNB_OUTPUTS``."""
         return Path(os.environ.get("VITNB_OUTPUTS", ROOT / "outputs")).resolve() / self.name
+
+    @property
+    def own_base(self) -> Path:
+        """The folder of the base that a study with ``pretrain`` makes."""
+        return self.outputs / "base"
 
     def sizes(self, asked: int | None) -> list[int]:
         """The batch sizes to time: the one that was asked for, or the study's own; UserError below 1."""
@@ -128,15 +157,28 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: variants must name at least one")
     for name in [*study.variants, study.infer_variant]:
         variants.get(name)
+    for name in study.peers:
+        if name not in PEERS:
+            raise UserError(f"{path}: unknown peer '{name}': {nearest(name, PEERS)}")
     if not study.batch_sizes or min(study.batch_sizes) < 1:
         raise UserError(f"{path}: batch_sizes must be positive whole numbers, got {study.batch_sizes}")
     if not set(study.ablate_bits) <= {4, 8}:
         raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
-    for part in ("finetune", "latency", "compare"):
+    if bool(study.base) == bool(study.pretrain):
+        both = "has base and pretrain: leave one out" if study.base else "lacks base, or pretrain to make one"
+        raise UserError(f"{path}: {both}")
+    for part in ("finetune", "latency", "compare", *["pretrain"] * bool(study.pretrain)):
         for name, value in vars(getattr(study, part)).items():
-            shares = {"dropout": 0 <= value < 1, "crop_scale": 0 < value <= 1}
+            shares = {"dropout": 0 <= value < 1, "crop_scale": 0 < value <= 1, "keep_tokens": 0 < value <= 1}
+            shares |= dict.fromkeys(("residual_scale", "full_steps", "minutes"), value >= 0)
             if not shares.get(name, value > 0):
                 raise UserError(f"{path}: {part}: '{name}' cannot be {value}")
+    if made := study.pretrain:
+        for name, of, parts in (("heads", "hidden_size", made.heads), ("patch_size", "image_size", made.patch_size)):
+            if getattr(made, of) % parts:
+                raise UserError(f"{path}: pretrain: {name} {parts} does not divide {of} {getattr(made, of)}")
+        if made.full_steps > made.steps:
+            raise UserError(f"{path}: pretrain: full_steps {made.full_steps} are more than the steps, {made.steps}")
     for name, bounds in study.expected.items():
         if len(bounds) != 2 or bounds[0] > bounds[1]:
             raise UserError(f"{path}: expected: '{name}' must be [low, high], got {bounds}")
@@ -164,7 +206,7 @@ def load(study: str) -> Study:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a study is a mapping of names to values")
     values = {"name": path.stem} | values | {"typed": str(study)}
-    for key, kind in (("finetune", Finetune), ("latency", Latency), ("compare", Compare)):
+    for key, kind in (("pretrain", Pretrain), ("finetune", Finetune), ("latency", Latency), ("compare", Compare)):
         if key in values:
             values[key] = _typed(kind, values[key], f"{path}: {key}")
     loaded = _typed(Study, values, str(path))

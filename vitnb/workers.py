@@ -1,15 +1,18 @@
-"""Workers: fresh processes that each hold one variant and answer one question at a time.
+"""Workers: fresh processes that each hold one variant or peer and answer one question at a time.
 
 A process of its own keeps what one variant allocates, compiles or caches away from the next one's numbers.
 """
 
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from vitnb import data, latency, memory, models, studies, variants
@@ -23,17 +26,22 @@ START = (
     "import os, vitnb; cores = os.sched_getaffinity(0); import torch; bound = os.sched_getaffinity(0); "
     "os.sched_setaffinity(0, cores); from vitnb import workers; workers.main({pipe}, bound)"
 )
+# The uncounted forwards of a block last at least this long: another process had the caches, and a GPU that waited for its turn
+# has slowed its clocks down.
+LEAD_MS = 5.0
 
 
 class Bench:
     """What runs in a worker: one loaded variant, and the questions that can be asked of it."""
 
     def __init__(self, study: studies.Study, variant: str, device: str | None = None):
-        on = models.device(device)
+        on, self.cores = models.device(device), os.sched_getaffinity(0)
         self.before = memory.in_use(on)
         self.loaded = models.load(study, variants.get(variant), on=on)
         self.split = data.split(study, "test")
         self.pixels: dict[int, torch.Tensor] = {}
+        self.first: dict[int, float] = {}  # by batch size: seconds of the first forward
+        self.lead: dict[int, int] = {}  # by batch size: uncounted forwards at the beginning of a block
 
     def _batch(self, size: int) -> torch.Tensor:
         if size not in self.pixels:
@@ -44,17 +52,43 @@ class Bench:
         """What was loaded; see ``Loaded.found``."""
         return self.loaded.found()
 
+    def prepare(self, batch_size: int) -> None:
+        """The first forward at a batch size, which may compile: on every core, as a compiler's processes inherit them."""
+        if batch_size in self.first:
+            return
+        mine, begin = os.sched_getaffinity(0), time.perf_counter()
+        os.sched_setaffinity(0, self.cores)
+        try:
+            with self.loaded.running() as model:
+                latency.on_host(self.loaded, model, self._batch(batch_size))
+        finally:
+            os.sched_setaffinity(0, mine)
+        self.first[batch_size] = time.perf_counter() - begin
+
     def warm_up(self, batch_size: int) -> dict:
-        """Forwards until the time is stable, or for a second: the turns that follow do not depend on it. See ``latency.warm_up``."""
+        """Forwards until the time is stable, or for a second: the turns that follow do not depend on it. See ``latency.warm_up``.
+
+        Also first_seconds, the first forward at this batch size, what is compiled or captured for it included (beside other
+        processes that do the same); and which engine runs now.
+        """
+        self.prepare(batch_size)
         pixels = self._batch(batch_size)
         with self.loaded.running() as model:
-            return latency.warm_up(lambda: latency.on_host(self.loaded, model, pixels), limit=1.0)
+            found = latency.warm_up(lambda: latency.on_host(self.loaded, model, pixels), limit=1.0)
+            typical = np.median([latency.on_host(self.loaded, model, pixels) for _ in range(latency.WINDOW_FORWARDS)])
+        self.lead[batch_size] = math.ceil(LEAD_MS / typical)
+        engine = self.loaded.engine
+        return found | {
+            "first_seconds": round(self.first[batch_size], 3),
+            "engine_ran": engine.ran,
+            "engine_reason": engine.reason,
+        }
 
     def block(self, batch_size: int, forwards: int) -> list[float]:
-        """Milliseconds of some forwards in a row, after one that is not counted: another process had the caches."""
-        pixels = self._batch(batch_size)
+        """Milliseconds of some forwards in a row, after some that are not counted: one, or as many as last LEAD_MS."""
+        pixels, lead = self._batch(batch_size), self.lead.get(batch_size, 1)
         with self.loaded.running() as model:
-            return latency.on_device(self.loaded, model, pixels, forwards + 1)[1:]
+            return latency.on_device(self.loaded, model, pixels, lead + forwards)[lead:]
 
     def memory(self, batch_sizes: list[int]) -> list[dict]:
         """Peaks of memory at each batch size, smallest first, as a peak never falls; see ``memory.peaks``."""
@@ -68,6 +102,8 @@ def serve(pipe: Connection, bound: set[int]) -> None:
     """
     bench, arguments = pipe.recv()
     held = None
+    for name in SETTINGS:  # the OpenMP runtime here has read them; that of a process which a compiler starts must not
+        os.environ.pop(name, None)
     while True:
         try:
             name, options = pipe.recv()

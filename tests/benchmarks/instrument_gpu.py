@@ -1,13 +1,16 @@
 """How far the instrument can be trusted on a GPU: beside Triton's do_bench, and kernels plus gaps beside the latency.
 
 ``python tests/benchmarks/instrument_gpu.py [--out DIR]`` writes ``gpu.csv``, a row for each variant and batch size of a ViT-L/16 with
-random weights: times do not depend on what the weights are. Needs an NVIDIA GPU and Triton.
+random weights, as times do not depend on what the weights are; and ``rounds.csv``, the times that its ratios follow from. Beside our
+p50 over do_bench's stands do_bench over itself, from the same rounds: no instrument can agree better. Needs an NVIDIA GPU and Triton.
 """
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import write_shapes
 
+from benchmarks import turns
 from vitnb import data, finetune, kernels, latency, machine, models, records, studies, taxonomy, variants
 
 STUDY = """
@@ -26,64 +30,87 @@ question: Does the instrument agree with others?
 data: {folder}/shapes
 base: {folder}/base
 """
-SECONDS, TURN_MS = 8.0, 150.0
+LEAD, FORWARDS = 2, 7  # of a turn: forwards that are not counted, and that are
 
 
-def untrained(folder: Path) -> studies.Study:
-    """A study of a ViT-L/16 with random weights whose exports are written without any training."""
+def untrained(folder: Path, settings: str = "") -> studies.Study:
+    """A study of a ViT-L/16 with random weights whose exports are written without any training; ``settings``: more of its YAML."""
     write_shapes(folder / "shapes", {"train": 2, "valid": 2, "test": 40})
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     ViTForImageClassification(config).save_pretrained(folder / "base")
     ViTImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(folder / "base")
-    (folder / "random-l16.yaml").write_text(STUDY.format(folder=folder))
+    (folder / "random-l16.yaml").write_text(STUDY.format(folder=folder) + settings)
     study = studies.load(str(folder / "random-l16.yaml"))
     names = data.split(study, "train").class_names
     finetune.export(finetune.with_adapters(study, names), study, models.processor(folder / "base"), names)
     return study
 
 
-def beside_do_bench(loaded, pixels) -> tuple[float, float, int]:
-    """(our p50 in milliseconds, its ratio to Triton's, turns): both with events around forwards that are handed over without waiting
-    and an emptied cache, in turns and in random order, for SECONDS; the median over all turns of each."""
+@contextmanager
+def no_garbage_collection():
+    """Python collects no garbage in between, from whoever's turn it was."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def beside_do_bench(loaded, pixels, seconds: float) -> tuple[dict, pd.DataFrame]:
+    """Our p50, its ratio to Triton's and that of Triton's to itself, with intervals; and the times of each round in milliseconds.
+
+    Both instruments put events around forwards that are handed over without waiting and empty the cache before each.
+    """
     from triton.testing import do_bench
 
-    cold, random, found = latency.cold_buffer(loaded.device), np.random.default_rng(0), {"ours": [], "theirs": []}
-    with loaded.running() as model:
+    cold = latency.cold_buffer(loaded.device)
+    with loaded.running() as model, no_garbage_collection():
+
+        def ours() -> float:
+            return np.median(latency.on_device(loaded, model, pixels, LEAD + FORWARDS, cold)[LEAD:])
+
         latency.warm_up(lambda: latency.on_host(loaded, model, pixels))
-        typical = np.median(latency.on_device(loaded, model, pixels, 20, cold))
-        forwards = int(np.clip(TURN_MS / typical, 5, 50))
-        take = {
-            "ours": lambda: np.median(latency.on_device(loaded, model, pixels, forwards, cold)),
-            "theirs": lambda: do_bench(
-                lambda: model(pixel_values=pixels), warmup=2 * typical, rep=forwards * typical, quantiles=[0.5]
-            ),
-        }
-        begin = time.monotonic()
-        while time.monotonic() - begin < SECONDS:
-            for who in random.permutation(list(take)):
-                found[who].append(float(take[who]()))
-    ours, theirs = (float(np.median(found[who])) for who in ("ours", "theirs"))
-    return ours, ours / theirs, len(found["ours"])
+        ours()
+        begin = time.perf_counter()
+        ours()
+        # do_bench makes as many forwards as fit into the milliseconds that it is given; emptying the cache counts among them.
+        each = (time.perf_counter() - begin) * 1e3 / (LEAD + FORWARDS)
+
+        def theirs() -> float:
+            warmup, rep = (LEAD + 0.5) * each, (FORWARDS + 0.5) * each
+            return do_bench(lambda: model(pixel_values=pixels), warmup=warmup, rep=rep, quantiles=[0.5])
+
+        takers = {"ours_ms": ours, "theirs_ms": theirs, "theirs_again_ms": theirs}
+        pairs = [("ours_ms", "theirs_ms"), ("theirs_ms", "theirs_again_ms")]
+        (over, itself), rounds = turns.take(takers, pairs, seconds)
+    return {
+        "p50_ms": float(rounds.ours_ms.median()), "over_do_bench": over.ratio, "low": over.low, "high": over.high,
+        "do_bench_over_itself": itself.ratio, "itself_low": itself.low, "itself_high": itself.high, "rounds": len(rounds),
+    }, rounds  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "instrument")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--variants", nargs="+", default=list(variants.REGISTRY))
+    parser.add_argument("--variants", nargs="+", default=variants.SOURCE)
+    parser.add_argument("--seconds", type=float, default=20.0, help="the most that a row's turns take")
     asked = parser.parse_args()
-    rows, about = [], machine.machine()
+    rows, raw, about = [], [], machine.machine()
     with tempfile.TemporaryDirectory() as folder:
         study = untrained(Path(folder))
         for name in asked.variants:
             loaded = models.load(study, variants.get(name))
             for size in asked.batch_sizes:
                 pixels = loaded.to_input(data.first_batch(data.split(study, "test"), loaded.processor, size))
-                ours, ratio, turns = beside_do_bench(loaded, pixels)
+                beside, rounds = beside_do_bench(loaded, pixels, asked.seconds)
                 trace = kernels.trace(loaded, pixels)
                 row = {
-                    "variant": name, "batch_size": size, "p50_ms": ours, "over_do_bench": ratio, "turns": turns,
+                    "variant": name, "batch_size": size, **beside,
                     "kernels_and_gaps_ms": trace["busy_ms"] + trace["idle_ms"], "latency_ms": trace["latency_ms"],
                     "timeline_ratio": (trace["busy_ms"] + trace["idle_ms"]) / trace["latency_ms"],
                     "idle_share": trace["idle_ms"] / trace["latency_ms"], "kernels_ms": trace["total_ms"],
@@ -91,12 +118,14 @@ def main() -> None:
                     "attention_ran": trace["attention_ran"],
                 }  # fmt: skip
                 rows.append(row)
+                raw.append(rounds.assign(variant=name, batch_size=size))
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 others = [n for n in trace["operators_ms"] if taxonomy.classify([n]) == "other"]
                 table = pd.DataFrame(rows).assign(
                     device=about["gpu"], driver=about["driver"], torch=torch.__version__, commit=about["commit"]
                 )
-                records.write_whole(asked.out / "gpu.csv", table.to_csv(index=False, lineterminator="\n"))
+                for path, kept in (("gpu.csv", table), ("rounds.csv", pd.concat(raw))):
+                    records.write_whole(asked.out / path, kept.to_csv(index=False, lineterminator="\n"))
                 print("  unclassified by name alone:", others[:8], flush=True)
             del loaded
             torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Benchmarks: run by hand, each a program that says how far the instrument can be trusted."""
