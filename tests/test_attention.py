@@ -96,7 +96,7 @@ def test_no_mask_reaches_the_kernel(mini, monkeypatch):
         free = model(pixel_values=pixels).logits
         masked = model(pixel_values=pixels, attention_mask=mask).logits
         assert seen and all(mask is None for mask in seen) and torch.equal(free, masked)
-        model.set_attn_implementation("sdpa")
+        loaded.model.set_attn_implementation("sdpa")
         model(pixel_values=pixels, attention_mask=mask)
     assert any(mask is not None for mask in seen), "the spy must be able to see a mask"
 

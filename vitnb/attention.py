@@ -1,9 +1,13 @@
 """Attention kernels asked for by name, and which one ran.
 
+The names: ``sdpa`` (PyTorch chooses), ``eager`` (two products and a softmax, as transformers writes it), PyTorch's kernels
+one by one, ``math``, ``mem-efficient``, ``flash`` and ``cudnn``, and ``fa2`` (FlashAttention-2, arXiv:2307.08691).
+
 A ViT attends from every token to every token: it has no mask. transformers still builds one in some situations, and a
 mask, even an all-true one, shuts the flash kernels out. The functions registered here never see a mask.
 """
 
+import re
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
@@ -24,22 +28,50 @@ OPERATORS = {
     "aten::_scaled_dot_product_cudnn_attention": "cudnn",
     "aten::_scaled_dot_product_attention_math": "math",
 }
+# How an eager attention is seen: a softmax that stands in none of the above.
+SOFTMAX = "aten::_softmax"
+# What the kernels themselves are called, for a replayed CUDA graph, whose trace has no operators.
+KERNELS = (
+    ("flash-attn", r"^(void )?flash::|flash_attn"),
+    ("flash", r"pytorch_flash::"),
+    ("cudnn", r"cudnn.*(sdpa|flash|fmha)"),
+    ("mem-efficient", r"fmha_cutlass"),
+    ("math", r"softmax"),
+)
 # Around those: what one attention costs, whichever kernel does it.
 WHOLE = ("aten::scaled_dot_product_attention", "flash_attn::_flash_attn_forward")
 
 # How an attention name is launched -> the kernels that it may have run. None: PyTorch chooses.
 ALLOWED = {
     "sdpa": None,
+    "eager": {"eager", "math"},  # the same kernels; a replayed graph does not tell them apart
     "math": {"math"},
+    "mem-efficient": {"mem-efficient"},
     "torch-flash": {"flash", "flash-cpu"},
+    "cudnn": {"cudnn"},
     "flash-attn": {"flash-attn"},
 }
+BACKENDS = {
+    "math": SDPBackend.MATH,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "torch-flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+NAMES = ("sdpa", "eager", "math", "mem-efficient", "flash", "cudnn", "fa2")
 
 
 def _sdpa(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
     """[batch, heads, tokens, head] each -> [batch, tokens, heads, head]; the mask is ignored."""
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+    """The same in single steps: all scores of all tokens stand in memory. The softmax is taken in float32."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shares = torch.softmax((query @ key.transpose(-1, -2)) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
+    shares = torch.nn.functional.dropout(shares, dropout, training=dropout > 0)
+    return (shares @ value).transpose(1, 2).contiguous(), None
 
 
 def _flash_attn(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
@@ -55,19 +87,20 @@ def _no_mask(*args, **kwargs) -> None:
 
 
 # transformers refuses a name of its own for a hub kernel if it contains "flash".
-for _name, _function in (("vitnb-sdpa", _sdpa), ("vitnb-fa2", _flash_attn)):
+FUNCTIONS = {"vitnb-sdpa": _sdpa, "vitnb-eager": _eager, "vitnb-fa2": _flash_attn}
+for _name, _function in FUNCTIONS.items():
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, _no_mask)
 
 
 def launch(attention: str, device: torch.device) -> str:
-    """How the attention ``sdpa``, ``math`` or ``fa2`` is launched on a device: a key of ALLOWED.
+    """How an attention (one of NAMES) is launched on a device: a key of ALLOWED.
 
-    ``fa2`` is flash-attn on an SM80+ GPU, and PyTorch's own flash kernel, forced, where flash-attn cannot be had.
-    Raises VariantError where neither exists.
+    ``flash`` is PyTorch's flash kernel, forced. ``fa2`` is flash-attn on an SM80+ GPU, and PyTorch's flash kernel where
+    flash-attn cannot be had. Raises VariantError where neither exists.
     """
     if attention != "fa2":
-        return attention
+        return "torch-flash" if attention == "flash" else attention
     if device.type == "cpu":
         return "torch-flash"
     capability = torch.cuda.get_device_capability(device)
@@ -80,7 +113,7 @@ def launch(attention: str, device: torch.device) -> str:
 
 def implementation(launched: str) -> str:
     """The name that transformers knows a launch by (``attn_implementation``)."""
-    return "vitnb-fa2" if launched == "flash-attn" else "vitnb-sdpa"
+    return {"flash-attn": "vitnb-fa2", "eager": "vitnb-eager"}.get(launched, "vitnb-sdpa")
 
 
 @contextmanager
@@ -89,9 +122,8 @@ def forced(launched: str):
 
     Raises VariantError where PyTorch has no such kernel for these tensors.
     """
-    backends = {"math": SDPBackend.MATH, "torch-flash": SDPBackend.FLASH_ATTENTION}
     try:
-        with sdpa_kernel(backends[launched]) if launched in backends else nullcontext():
+        with sdpa_kernel(BACKENDS[launched]) if launched in BACKENDS else nullcontext():
             yield
     except RuntimeError as error:
         if "No available kernel" in str(error):
@@ -101,9 +133,18 @@ def forced(launched: str):
         raise
 
 
-def ran(operators: set[str]) -> str:
-    """Which kernel's operator occurs in a trace; raises VariantError if none does, or two different ones do."""
-    found = sorted({name for operator, name in OPERATORS.items() if operator in operators})
+def ran(names: set[str]) -> str:
+    """Which attention occurs in a trace, from the names of its operators and, where a graph was replayed, of its kernels.
+
+    Raises VariantError if none does, or two different ones do.
+    """
+    found = sorted({name for operator, name in OPERATORS.items() if operator in names})
+    if not found and SOFTMAX in names:
+        found = ["eager"]
+    if not found:
+        of_kernels = [name for name, pattern in KERNELS if any(re.search(pattern, kernel) for kernel in names)]
+        # A softmax beside a fused kernel is no attention.
+        found = sorted({*of_kernels} - {"math"} if len(of_kernels) > 1 else of_kernels)
     if len(found) != 1:
         raise VariantError(f"the trace shows {' and '.join(found) or 'no known attention kernel'}: one was expected")
     return found[0]

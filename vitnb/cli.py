@@ -45,8 +45,11 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("variants", help="list the variants")
 
-    pretrain = commands.add_parser("pretrain", help="make the embedded base model again (needs a GPU)")
-    pretrain.add_argument("--out", default="data/base")
+    pretrain = commands.add_parser(
+        "pretrain", help="make the base model of a study that has a pretrain section, or the embedded one (needs a GPU)"
+    )
+    pretrain.add_argument("study", nargs="?", help="whose base to make; left out, the options make the embedded one")
+    pretrain.add_argument("--out", help="where the embedded base goes (default: data/base)")
     pretrain.add_argument("--steps", type=int)
     pretrain.add_argument("--batch-size", type=int)
     pretrain.add_argument("--seed", type=int)
@@ -60,7 +63,8 @@ def _study(args) -> None:
 
     study = studies.load(args.study)
     records.check_machine(study)
-    models.find_base(study)
+    if not study.pretrain:  # else the first job makes it
+        models.find_base(study)
     data.root(study)
     command = [
         sys.executable,
@@ -127,14 +131,23 @@ def _check(args) -> None:
 def _variants(args) -> None:
     from vitnb import variants
 
-    print("\n".join(variants.REGISTRY))
+    print("\n".join(variants.SOURCE))
+    print(f"and every other weights-attention or weights-attention-engine: weights {', '.join(variants.CHECKPOINTS)}; "
+          f"attention {', '.join(variants.ATTENTIONS)}; engine {', '.join(variants.ENGINES)}")  # fmt: skip
 
 
 def _pretrain(args) -> None:
-    from vitnb import pretrain
+    from vitnb import models, pretrain, studies
 
-    given = {name: getattr(args, name) for name in ("steps", "batch_size", "seed") if getattr(args, name) is not None}
-    pretrain.pretrain(args.out, **given)
+    given = {name: getattr(args, name) for name in ("steps", "batch_size") if getattr(args, name) is not None}
+    if not args.study:
+        out = args.out or "data/base"
+        pretrain.pretrain(out, studies.Pretrain(**given), seed=args.seed or 0, device=models.device("cuda"))
+    elif given or args.out or args.seed is not None:
+        raise UserError("a study says itself how its base is made: leave the options out, or the study")
+    else:
+        out = pretrain.of_study(args.study)
+    print(f"vitnb: {out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

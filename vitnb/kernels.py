@@ -1,6 +1,7 @@
 """Kernels: what a forward consists of, from a profiler trace: totals by class and by part, launches, and idle time."""
 
 import time
+from contextlib import nullcontext
 
 import torch
 from torch.autograd import DeviceType
@@ -25,8 +26,20 @@ def _is_label(name: str) -> bool:
     return name.startswith(taxonomy.LABEL)
 
 
+def _on_device(events) -> list:
+    """What kept the GPU busy: kernels and copies, in order."""
+    busy = [e for e in events if e.device_type == DeviceType.CUDA and not _is_label(e.name)]
+    return sorted(busy, key=lambda e: (e.time_range.start, e.time_range.end))
+
+
 def _own(events, on_gpu: bool) -> list[tuple[list[str], float]]:
-    """(path, milliseconds) of every kernel or, on a CPU, of every operator's own time."""
+    """(path, milliseconds) of every kernel or, on a CPU, of every operator's own time.
+
+    A replayed graph's kernels belong to no operator: their own names are all there is.
+    """
+    if on_gpu and any(event.name == "cudaGraphLaunch" for event in events):
+        inside = _on_device(events)[2:-1]  # without the markers
+        return [([e.name], (e.time_range.end - e.time_range.start) / 1e3) for e in inside]
     found = []
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -38,14 +51,15 @@ def _own(events, on_gpu: bool) -> list[tuple[list[str], float]]:
     return [(path, milliseconds) for path, milliseconds in found if taxonomy.MARKER not in path]
 
 
+def _outermost(events) -> list:
+    """The operators of a CPU that stand in no other."""
+    return [e for e in events if not _is_label(e.name) and all(map(_is_label, _path(e)[1:]))]
+
+
 def _timeline(events, on_gpu: bool) -> list[tuple[float, float]]:
     """(begin, end) in milliseconds of what kept the device busy: kernels or, on a CPU, outermost operators."""
-    if on_gpu:
-        busy = [e for e in events if e.device_type == DeviceType.CUDA and not _is_label(e.name)]
-    else:
-        busy = [e for e in events if not _is_label(e.name) and all(map(_is_label, _path(e)[1:]))]
-    timeline = sorted((e.time_range.start / 1e3, e.time_range.end / 1e3) for e in busy)
-    return timeline[1:] if on_gpu else timeline  # the first kernel only wakes the profiler
+    _, *rest = _on_device(events) if on_gpu else [None, *_outermost(events)]  # the first only wakes the profiler
+    return sorted((e.time_range.start / 1e3, e.time_range.end / 1e3) for e in rest)
 
 
 def busy_and_idle(timeline: list[tuple[float, float]]) -> tuple[float, float]:
@@ -107,7 +121,7 @@ def trace(loaded: Loaded, pixels: torch.Tensor) -> dict:
     with loaded.running() as model:
         for _ in range(2):
             model(pixel_values=pixels)
-        with taxonomy.labelled(model):
+        with nullcontext() if loaded.engine.replays else taxonomy.labelled(loaded.model):
             taken = sorted((_profiled(model, pixels, on_gpu) for _ in range(REPEATS)), key=lambda item: item[1])
     events, latency = taken[REPEATS // 2]
     kernel = attention.ran({event.name for event in events})

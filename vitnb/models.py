@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import attention, quantize, studies
+from vitnb import attention, engines, fp8, quantize, studies
 from vitnb.errors import UserError, VariantError, one_line
+from vitnb.fused.vit import FusedViT
 from vitnb.variants import Variant
 
 
@@ -50,7 +51,14 @@ def safe(folder: Path) -> Path:
 
 
 def find_base(study: studies.Study) -> str:
-    """The study's base model as a local folder or, where the study names one, a hub name."""
+    """The study's base model as a local folder or, where the study names one, a hub name.
+
+    Raises UserError, with the command that makes or restores it, if it is missing.
+    """
+    if study.pretrain:
+        if not study.own_base.is_dir():
+            raise UserError(f"no base model at {study.own_base}: make it with 'python -m vitnb pretrain {study.typed}'")
+        return str(safe(study.own_base))
     folder = studies.ROOT / study.base
     if folder.is_dir():
         return str(safe(folder))
@@ -142,16 +150,10 @@ class Loaded:
     launched: str  # how its attention is launched, a key of attention.ALLOWED
     linears_quantized: int
     linears_kept: int
+    parameters: int  # the number of weights, whatever they are stored in
     disk_bytes: int
     resident_bytes: int
-
-    @property
-    def parameters(self) -> int:
-        """The number of weights, whatever they are stored in (a 4-bit parameter holds two to a byte)."""
-        return sum(
-            p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel()
-            for p in self.model.parameters()
-        )
+    engine: engines.Engine
 
     def found(self) -> dict[str, object]:
         """What a record keeps of a loaded variant."""
@@ -159,7 +161,7 @@ class Loaded:
             "parameters": self.parameters, "dtype": str(self.dtype).removeprefix("torch."), "attention_launched": self.launched,
             "linears_quantized": self.linears_quantized, "linears_kept": self.linears_kept,
             "device": self.device.type, "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
-            "checkpoint_sha256": fingerprint(self.folder),
+            "scratch_bytes": getattr(self.model, "scratch_bytes", 0), "checkpoint_sha256": fingerprint(self.folder), **self.engine.found(),
         }  # fmt: skip
 
     def to_input(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -168,12 +170,12 @@ class Loaded:
 
     @contextmanager
     def running(self):
-        """A block of forwards without gradients, with the attention kernel that the variant asks for.
+        """A block of forwards without gradients, launched and with the attention kernel as the variant asks.
 
         Raises VariantError where that kernel does not exist for this model.
         """
         with torch.inference_mode(), attention.forced(self.launched):
-            yield self.model
+            yield self.engine
 
 
 def load(
@@ -193,6 +195,8 @@ def load(
     on = on or device()
     launched = attention.launch(variant.attention, on)
     dtype = torch.float32 if variant.weights == "fp32" else half(on)
+    if variant.weights == "fp8":
+        fp8.check_device(on)
     # TensorFloat-32 would make the full-precision baseline a 19-bit one.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # transformers fills what a checkpoint lacks with random numbers, and only warns.
@@ -209,11 +213,19 @@ def load(
     for module in model.modules():
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             module.compute_dtype = dtype
-    if variant.quantized and not getattr(model.config, "quantization_config", None):
+    if variant.checkpoint != "merged" and not getattr(model.config, "quantization_config", None):
         raise VariantError(
             f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.typed}'"
         )
+    if variant.weights == "fp8":
+        quantize.to_fp8(model)
+    if variant.weights == "w8a8":
+        quantize.all_activations(model)
     quantized, kept = quantize.check_counts(model, variant.quantized)
+    parameters = quantize.parameters(model)
+    if variant.engine == "fused":
+        with torch.inference_mode():
+            model = FusedViT(model, launched, dtype)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     return Loaded(
         variant,
@@ -226,6 +238,8 @@ def load(
         launched,
         quantized,
         kept,
+        parameters,
         disk_bytes(folder),
         quantize.resident_bytes(model),
+        engines.start(variant.engine, model, on),
     )

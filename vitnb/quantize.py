@@ -12,9 +12,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from vitnb.errors import UserError, VariantError
+from vitnb.fp8 import Fp8Linear
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8: columns of activations beyond it are multiplied in 16 bits
-QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, Fp8Linear)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -68,6 +69,13 @@ def count(model: nn.Module) -> tuple[int, int]:
     return quantized, len(modules) - quantized
 
 
+def parameters(model: nn.Module) -> int:
+    """The number of weights, whatever they are stored in (a 4-bit parameter holds two to a byte)."""
+    return sum(
+        p.quant_state.shape.numel() if getattr(p, "quant_state", None) else p.numel() for p in model.parameters()
+    )
+
+
 def check_counts(model: nn.Module, quantized: bool) -> tuple[int, int]:
     """The counts, once it is sure that all Linears but the head are quantized, or none is; else VariantError."""
     found = count(model)
@@ -97,6 +105,23 @@ def quantized_copy(linear: nn.Linear, bits: int, compute_dtype: torch.dtype) -> 
     if bias:
         copy.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
     return copy.to(linear.weight.device).eval()
+
+
+def all_activations(model: nn.Module) -> nn.Module:
+    """Multiply every activation of an int8 model in int8: LLM.int8 without its 16-bit columns of outliers (threshold 0)."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.state.threshold = 0.0
+    return model
+
+
+def to_fp8(model: nn.Module) -> nn.Module:
+    """Replace every Linear of a 16-bit model but the head by its float8 form."""
+    kept = keep(model)
+    for name, module in linears(model).items():
+        if name not in kept:
+            model.set_submodule(name, Fp8Linear(module))
+    return model
 
 
 def forbid_packing(model: nn.Module) -> nn.Module:

@@ -7,11 +7,11 @@ from vitnb import accuracy, intervals, latency, records, roofline, studies, vari
 
 MB = 2**20  # megabytes are 2^20 bytes everywhere, as in the source study
 COLUMNS = [
-    "variant", "weights", "attention", "attention_ran", "device", "status", "reason", "batch_size", "images", "top1", "top1_low",
-    "top1_high", "top5", "f1", "parameters", "linears_quantized", "linears_kept", "latency_mean_ms",
+    "variant", "weights", "attention", "attention_ran", "engine", "engine_ran", "device", "status", "reason", "batch_size",
+    "images", "top1", "top1_low", "top1_high", "top5", "f1", "parameters", "linears_quantized", "linears_kept", "latency_mean_ms",
     *(f"latency_{name}{part}_ms" for name in latency.SHARES for part in ("", "_low", "_high")), "latency_samples",
     "host_p50_ms", "cold_p50_ms", "first_ms", "warm_up_stable", "throughput_ips", "tflops", "matmul_share", "roofline_share",
-    "disk_mb", "resident_mb", "peak_mb", "driver_peak_mb", "attention_time_ms", "total_time_ms", "idle_time_ms", "launches",
+    "disk_mb", "resident_mb", "scratch_mb", "peak_mb", "driver_peak_mb", "attention_time_ms", "total_time_ms", "idle_time_ms", "launches",
     "record",
 ]  # fmt: skip
 # The source study's targets against its fp32 baseline: at least this much smaller and faster, at most this many
@@ -42,8 +42,9 @@ def rows(record: dict, training: dict | None = None) -> list[dict]:
     """
     variant, reason = variants.get(record["asked"]["variant"]), stale(record, training)
     same = {
-        "variant": variant.name, "weights": variant.weights, "attention": variant.attention, "device": device(record),
-        "status": "stale" if reason else record["status"], "reason": reason or record["reason"], "record": record["name"],
+        "variant": variant.name, "weights": variant.weights, "attention": variant.attention, "engine": variant.engine,
+        "device": device(record), "status": "stale" if reason else record["status"], "reason": reason or record["reason"],
+        "record": record["name"],
     }  # fmt: skip
     if same["status"] != "ok":
         return [same | {"batch_size": size} for size in record["asked"]["batch_sizes"]]
@@ -52,6 +53,9 @@ def rows(record: dict, training: dict | None = None) -> list[dict]:
         "top1_low": low, "top1_high": high, "parameters": record["parameters"],
         "linears_quantized": record["linears_quantized"], "linears_kept": record["linears_kept"],
         "disk_mb": record["disk_bytes"] / MB, "resident_mb": record["resident_bytes"] / MB,
+        # A record from before there were engines has none.
+        "scratch_mb": record.get("scratch_bytes", 0) / MB, "engine_ran": record.get("engine_ran", "eager"),
+        "reason": record.get("engine_reason", ""),
     }  # fmt: skip
     parts = zip(record["timings"], record["traces"], record["memory"], strict=True)
     return [same | _timed(timing) | _traced(trace) | {

@@ -73,9 +73,9 @@ def part_of(name: str, head: str) -> str | None:
     if name == head:
         return "head"
     for known, words in (
-        ("patch embedding", {"embeddings", "patch_embed"}),
-        ("attention", {"attention", "attn"}),
-        ("mlp", {"mlp", "intermediate", "output"}),
+        ("patch embedding", {"embeddings", "patch_embed", "projection"}),
+        ("attention", {"attention", "attn", "qkv", "out"}),
+        ("mlp", {"mlp", "intermediate", "output", "fc1", "fc2"}),
     ):
         if words & set(pieces):
             return known

@@ -1,4 +1,4 @@
-"""The variants: points in weights x attention, each a frozen value with a name.
+"""The variants: points in weights x attention x engine, each a frozen value with a name.
 
 The five variants of the source study keep their names: ``fp32-sdpa`` (the baseline), ``nf4-sdpa``, ``int8-sdpa``,
 ``nf4-fa2`` and ``int8-fa2``. ``bf16-sdpa`` and ``fp32-math`` stand beside them as controls: quantized variants compute
@@ -6,11 +6,14 @@ in 16 bits, and PyTorch's own choice of attention is often a flash kernel alread
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 from vitnb.errors import UserError, nearest
 
 # How the weights of the Linear layers are held -> the checkpoint that they are loaded from.
-CHECKPOINTS = {"fp32": "merged", "bf16": "merged", "nf4": "nf4", "int8": "int8"}
+CHECKPOINTS = {"fp32": "merged", "bf16": "merged", "nf4": "nf4", "int8": "int8", "w8a8": "int8", "fp8": "merged"}
+ATTENTIONS = ("sdpa", "math", "fa2", "eager", "mem-efficient", "flash", "cudnn")
+ENGINES = ("eager", "graph", "compile", "fused")
 
 
 @dataclass(frozen=True)
@@ -18,21 +21,26 @@ class Variant:
     """One way to run the model.
 
     weights: ``fp32``, ``bf16`` (16-bit: fp16 on GPUs below SM80), ``nf4`` (4-bit NormalFloat with double quantization,
-        QLoRA, arXiv:2305.14314) or ``int8`` (LLM.int8 with outlier threshold 6, arXiv:2208.07339).
-    attention: ``sdpa`` (PyTorch's own choice), ``math`` (the reference) or ``fa2`` (FlashAttention-2,
-        arXiv:2307.08691; PyTorch's own flash kernel, forced, where flash-attn cannot be had).
+        QLoRA, arXiv:2305.14314), ``int8`` (LLM.int8 with outlier threshold 6, arXiv:2208.07339), ``w8a8`` (the same int8
+        weights with every activation in int8, threshold 0) or ``fp8`` (float8 e4m3 weights and activations, one scale a row).
+    attention: ``sdpa`` (PyTorch's own choice), ``math`` (the reference), ``fa2`` (FlashAttention-2; PyTorch's own flash
+        kernel where flash-attn cannot be had), ``eager``, ``mem-efficient``, ``flash`` or ``cudnn``: see ``attention``.
+    engine: how the forward is launched: ``eager`` (operator by operator), ``graph`` (CUDA graphs), ``compile``
+        (torch.compile) or ``fused`` (rearranged, with kernels of its own, in CUDA graphs): see ``engines``.
     """
 
     weights: str
     attention: str
+    engine: str = "eager"
 
     @property
     def name(self) -> str:
-        return f"{self.weights}-{self.attention}"
+        """``weights-attention``, and ``-engine`` unless it is eager."""
+        return f"{self.weights}-{self.attention}" + (f"-{self.engine}" if self.engine != "eager" else "")
 
     @property
     def quantized(self) -> bool:
-        return self.weights in ("nf4", "int8")
+        return self.weights not in ("fp32", "bf16")
 
     @property
     def checkpoint(self) -> str:
@@ -42,19 +50,12 @@ class Variant:
 
 BASELINE = "fp32-sdpa"
 CONTROL = "bf16-sdpa"  # what computing in 16 bits does by itself: quantized variants compute so
+# What the source study ran, and the controls.
+SOURCE = ["fp32-sdpa", "bf16-sdpa", "fp32-math", "nf4-sdpa", "nf4-fa2", "int8-sdpa", "int8-fa2"]
 
-REGISTRY = {
-    variant.name: variant
-    for variant in (
-        Variant("fp32", "sdpa"),
-        Variant("bf16", "sdpa"),
-        Variant("fp32", "math"),
-        Variant("nf4", "sdpa"),
-        Variant("nf4", "fa2"),
-        Variant("int8", "sdpa"),
-        Variant("int8", "fa2"),
-    )
-}
+_EVERY = {v.name: v for v in (Variant(*choice) for choice in product(CHECKPOINTS, ATTENTIONS, ENGINES))}
+# Every variant there is, in the order of tables and figures: the source study's, then weights by weights.
+REGISTRY = {name: _EVERY[name] for name in (*SOURCE, *_EVERY)}
 
 
 def get(name: str) -> Variant:

@@ -1,0 +1,79 @@
+"""Engines give the same logits, and say why when they cannot be had."""
+
+import pytest
+import torch
+
+from vitnb import data, engines, models, variants
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+
+
+def logits(mini, name, size=3):
+    loaded = models.load(mini, variants.get(name))
+    pixels = loaded.to_input(data.first_batch(data.split(mini, "test"), loaded.processor, size))
+    with loaded.running() as model:
+        return model(pixel_values=pixels).logits.float(), loaded
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "nf4", "fp8"])
+def test_fused_gives_the_same_logits(mini, weights):
+    wanted, _ = logits(mini, f"{weights}-sdpa")
+    found, loaded = logits(mini, f"{weights}-sdpa-fused")
+    assert loaded.found()["engine_ran"] == "fused" and loaded.found()["engine_reason"] == ""
+    torch.testing.assert_close(found, wanted, atol=1e-5 if weights == "fp32" else 1e-2, rtol=0)
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+@on_cpu
+def test_no_graph_without_a_gpu(mini):
+    wanted, _ = logits(mini, "nf4-sdpa")
+    found, loaded = logits(mini, "nf4-sdpa-graph")
+    assert loaded.found()["engine_ran"] == "eager" and "NVIDIA GPU" in loaded.found()["engine_reason"]
+    assert torch.equal(found, wanted)
+
+
+def test_a_compiler_that_fails_leaves_eager_and_its_reason(mini, monkeypatch):
+    def refuse(model, **_):
+        def call(**_):
+            raise RuntimeError("no C++ compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    found, loaded = logits(mini, "fp32-sdpa-compile")
+    assert loaded.found()["engine_ran"] == "eager"
+    assert loaded.found()["engine_reason"].startswith("torch.compile: no C++ compiler")
+    assert torch.equal(found, logits(mini, "fp32-sdpa")[0])
+
+
+def test_compiled_logits_are_not_overwritten_and_the_compile_time_is_kept(mini, monkeypatch):
+    buffer = {}
+
+    def compiled(model, **options):
+        assert options["dynamic"] is False
+
+        def call(pixel_values):  # as CUDA graphs do: one buffer for every result
+            out = model(pixel_values=pixel_values)
+            out.logits = buffer.setdefault("logits", torch.empty_like(out.logits)).copy_(out.logits)
+            return out
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    loaded = models.load(mini, variants.get("fp32-sdpa-compile"))
+    pixels = loaded.to_input(data.first_batch(data.split(mini, "test"), loaded.processor, 4))
+    with loaded.running() as model:
+        first = model(pixel_values=pixels[:2]).logits
+        kept = first.clone()
+        model(pixel_values=pixels[2:])
+    assert torch.equal(first, kept)
+    assert loaded.found()["engine_ran"] == "compile" and list(loaded.found()["engine_seconds"]) == ["2"]
+
+
+def test_every_engine_is_known():
+    with pytest.raises(Exception, match="unknown variant"):
+        variants.get("nf4-sdpa-turbo")
+    assert {v.engine for v in variants.REGISTRY.values()} == set(variants.ENGINES)
+    assert variants.get("nf4-fa2").engine == "eager"
+    assert variants.get("bf16-mem-efficient-graph") == variants.Variant("bf16", "mem-efficient", "graph")
+    assert isinstance(engines.start("eager", torch.nn.Linear(1, 1), torch.device("cpu")), engines.Engine)
