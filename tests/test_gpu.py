@@ -43,7 +43,7 @@ def test_a_variant_runs_the_kernel_of_its_name(mini, name, allowed):
     loaded = models.load(mini, variants.get(name))
     found = kernels.trace(loaded, data.first_batch(data.split(mini, "test"), loaded.processor, 4))
     assert found["attention_ran"] in allowed
-    assert 0 < found["attention_ms"] < found["total_ms"]
+    assert found["attention_ms"] is None if name == "bf16-math-graph" else 0 < found["attention_ms"] < found["total_ms"]
 
 
 def test_a_gpu_answers_like_a_cpu(mini):
@@ -80,7 +80,7 @@ def large(tmp_path_factory, outputs) -> studies.Study:
 )
 def test_kernels_and_gaps_are_the_latency_and_none_is_unknown(large, name):
     loaded = models.load(large, variants.get(name))
-    found = kernels.trace(loaded, data.first_batch(data.split(large, "test"), loaded.processor, 16))
+    found = kernels.trace(loaded, data.first_batch(data.split(large, "test"), loaded.processor, 64))
     assert found["latency_ms"] >= 10, "those moments, some 50 microseconds, could be the 3%"
     assert (found["busy_ms"] + found["idle_ms"]) / found["latency_ms"] == pytest.approx(1, abs=0.03)
     assert kernels.by_class(found)["other"] < 0.01 * found["total_ms"]

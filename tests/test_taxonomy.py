@@ -101,7 +101,7 @@ def test_ranges_close_and_leave_no_hooks(mini):
     """Every part is entered once for each module of it, and nothing stays behind."""
     loaded = models.load(mini, variants.get("fp32-sdpa"))
     pixels = loaded.to_input(torch.zeros(1, 3, 32, 32))
-    with loaded.running() as model, taxonomy.labelled(model), torch.profiler.profile() as profiled:
+    with loaded.running() as model, taxonomy.labelled(loaded.model), torch.profiler.profile() as profiled:
         model(pixel_values=pixels)
     counts = {event.key: event.count for event in profiled.key_averages() if event.key.startswith(taxonomy.LABEL)}
     assert counts == {"vitnb::patch embedding": 1, "vitnb::attention": 3, "vitnb::mlp": 3, "vitnb::head": 1}

@@ -94,7 +94,11 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
         process says, see ``workers.Bench.warm_up``}}; attention_launched: by variant; peers: what each describes; failed:
         {variant, or "variant at batch size": reason} for those that cannot run here at all, or not at that size.
     """
-    failed, described, blocks, begun = {}, {}, {}, {}
+    failed, described, blocks, begun, begin = {}, {}, {}, {}, time.perf_counter()
+
+    def tell(what: str) -> None:
+        print(f"{what}, {time.perf_counter() - begin:.0f} s from the start", flush=True)
+
     benches = dict.fromkeys(study.variants, Bench) | dict.fromkeys(study.peers, peers.Bench)
     with ExitStack() as stack:
         workers = {
@@ -109,15 +113,17 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
             except VariantError as error:
                 failed[name] = one_line(error)
                 del workers[name]
+        tell(f"{len(workers)} variants and peers loaded")
         for size in study.batch_sizes:
             here: dict[str, str] = {}
             warmed = warm_up(workers, size, here)
             begun[str(size)] = {name: answers[0] for name, answers in warmed.items()}
+            tell(f"batch {size}: {len(warmed)} ready")
             ready = {name: workers[name] for name in warmed}
             blocks[str(size)] = take_turns(ready, size, study.compare, study.seed, here)
             failed |= {f"{name} at batch {size}": reason for name, reason in here.items()}
             rounds = len(next(iter(blocks[str(size)].values()), []))
-            print(f"batch {size}: {len(blocks[str(size)])} variants side by side, {rounds} rounds", flush=True)
+            tell(f"batch {size}: {len(blocks[str(size)])} side by side, {rounds} rounds")
     launched = {name: found["attention_launched"] for name, found in described.items() if name in study.variants}
     about = {name: found for name, found in described.items() if name in study.peers}
     return {

@@ -110,7 +110,8 @@ def trace(loaded: Loaded, pixels: torch.Tensor) -> dict:
 
     Returns:
         attention_ran: the kernel that the trace shows; total_ms: time in all kernels (on a CPU: in all operators);
-        parts_ms: that time by part of the model and class, {part: {class: ms}}; attention_ms: the class's sum;
+        parts_ms: that time by part of the model and class, {part: {class: ms}}; attention_ms: the class's sum, or None for an
+        attention of single products in a replayed graph, whose kernels do not say whose products they are;
         operators_ms: own time of each kernel or operator by name; launches: how many; busy_ms, idle_ms: the device's
         timeline, gaps measured as gaps; latency_ms: of the same profiled forward, measured beside the trace.
 
@@ -126,6 +127,7 @@ def trace(loaded: Loaded, pixels: torch.Tensor) -> dict:
     events, latency = taken[REPEATS // 2]
     kernel = attention.ran({event.name for event in events})
     attention.check(loaded.launched, kernel)
+    unseen = loaded.engine.replays and on_gpu and kernel in ("math", "eager")
     own = _own(events, on_gpu)
     timeline = _timeline(events, on_gpu)
     busy, idle = busy_and_idle(timeline)
@@ -137,7 +139,7 @@ def trace(loaded: Loaded, pixels: torch.Tensor) -> dict:
     return {
         "batch_size": len(pixels),
         "attention_ran": kernel,
-        "attention_ms": sum(classes["attention"] for classes in parts.values()),
+        "attention_ms": None if unseen else sum(classes["attention"] for classes in parts.values()),
         "total_ms": sum(operators.values()),
         "parts_ms": parts,
         "operators_ms": {name: ms for name, ms in sorted(operators.items(), key=lambda item: -item[1]) if ms > 0},
@@ -146,6 +148,15 @@ def trace(loaded: Loaded, pixels: torch.Tensor) -> dict:
         "idle_ms": idle,
         "latency_ms": latency,
     }
+
+
+def told(trace: dict) -> str:
+    """A trace in two lines."""
+    took = "" if trace["attention_ms"] is None else f"{trace['attention_ms']:.2f} ms of "
+    return (
+        f"{trace['attention_ran']} ran: {took}{trace['total_ms']:.2f} ms in one profiled forward\n"
+        f"{trace['launches']} launches; busy {trace['busy_ms']:.2f} ms, idle between them {trace['idle_ms']:.2f} ms"
+    )
 
 
 def traces(loaded: Loaded, split: data.Split, sizes: list[int]) -> list[dict]:

@@ -1,5 +1,6 @@
 """The machine: what it is, which code and packages run on it, and in which state it is at this moment."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -55,6 +56,14 @@ def _cpuinfo() -> list[tuple[str, str]]:
     return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
 
 
+def code() -> str:
+    """SHA-256 of the package's sources: which code ran, also where there is no repository or changes are not committed."""
+    digest = hashlib.sha256()
+    for path in sorted((studies.ROOT / "vitnb").rglob("*.py")):
+        digest.update(path.relative_to(studies.ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def machine() -> dict[str, object]:
     """The processor, the GPU and its driver, and the commit of the code: what does not change while a run lasts."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
@@ -69,6 +78,7 @@ def machine() -> dict[str, object]:
         "platform": platform.platform(terse=True),
         "commit": _said("git", "rev-parse", "HEAD"),
         "dirty": bool(_said("git", "status", "--porcelain")),
+        "code_sha256": code(),
     }
 
 

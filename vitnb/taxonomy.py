@@ -19,7 +19,7 @@ MARKER = LABEL + "marker"  # the range of kernels that stand around a profiled f
 
 # Operators that decide for all that happens inside them, the outermost first.
 WRAPPERS = (
-    ("attention", r"scaled_dot_product|flash_attn"),
+    ("attention", r"scaled_dot_product|flash_attn|eager_attention"),
     ("dequantize", r"bitsandbytes::.*dequant"),
     ("quantize", r"bitsandbytes::.*quant"),
 )

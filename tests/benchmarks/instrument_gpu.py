@@ -122,7 +122,11 @@ def main() -> None:
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 others = [n for n in trace["operators_ms"] if taxonomy.classify([n]) == "other"]
                 table = pd.DataFrame(rows).assign(
-                    device=about["gpu"], driver=about["driver"], torch=torch.__version__, commit=about["commit"]
+                    device=about["gpu"],
+                    driver=about["driver"],
+                    torch=torch.__version__,
+                    commit=about["commit"] + "+uncommitted" * about["dirty"],
+                    code_sha256=about["code_sha256"],
                 )
                 for path, kept in (("gpu.csv", table), ("rounds.csv", pd.concat(raw))):
                     records.write_whole(asked.out / path, kept.to_csv(index=False, lineterminator="\n"))
