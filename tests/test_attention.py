@@ -10,7 +10,7 @@ from torch.profiler import profile
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from vitnb import attention, data, models, variants
+from vitnb import attention, data, kernels, models, variants
 from vitnb.errors import VariantError
 
 
@@ -78,7 +78,8 @@ def test_transformers_knows_both_functions_and_builds_no_mask_for_them():
         assert AttentionMaskInterface()[name](batch_size=2, q_length=17, kv_length=17) is None
 
 
-def test_no_mask_reaches_the_kernel(mini, monkeypatch):
+@pytest.mark.parametrize("name", ["fp32-sdpa", "fp32-math", "fp32-flash", "fp32-sdpa-fused"])
+def test_no_mask_reaches_the_kernel(mini, monkeypatch, name):
     """Not even one that is handed to the model; with transformers' own attention it would arrive."""
     seen = []
     real = torch.nn.functional.scaled_dot_product_attention
@@ -88,17 +89,29 @@ def test_no_mask_reaches_the_kernel(mini, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    loaded = models.load(mini, variants.get("fp32-sdpa"))
+    loaded = models.load(mini, variants.get(name))
     pixels = loaded.to_input(data.first_batch(data.split(mini, "test"), loaded.processor, 2))
     mask = torch.zeros(2, 17, dtype=torch.bool, device=loaded.device)
     mask[:, 0] = True
     with loaded.running() as model:
         free = model(pixel_values=pixels).logits
+        assert seen and all(mask is None for mask in seen)
+        if name.endswith("fused"):  # it takes no mask at all
+            return
         masked = model(pixel_values=pixels, attention_mask=mask).logits
-        assert seen and all(mask is None for mask in seen) and torch.equal(free, masked)
+        assert all(mask is None for mask in seen) and torch.equal(free, masked)
+    with torch.inference_mode():
         loaded.model.set_attn_implementation("sdpa")
-        model(pixel_values=pixels, attention_mask=mask)
+        loaded.model(pixel_values=pixels, attention_mask=mask)
     assert any(mask is not None for mask in seen), "the spy must be able to see a mask"
+
+
+def test_eager_attention_is_the_formula_and_ignores_a_mask(qkv, mini):
+    found = attention.FUNCTIONS["vitnb-eager"](None, *qkv, torch.full((17, 17), -1e9), scaling=0.3)[0]
+    torch.testing.assert_close(found.double(), formula(*qkv, 0.3), atol=1e-5, rtol=1e-5)
+    loaded = models.load(mini, variants.get("fp32-eager"))
+    traced = kernels.trace(loaded, data.first_batch(data.split(mini, "test"), loaded.processor, 2))
+    assert traced["attention_ran"] == "eager" and 0 < traced["attention_ms"] < traced["total_ms"]
 
 
 def test_launch_on_a_cpu():

@@ -19,11 +19,11 @@ from vitnb.workers import Worker
 class Sleeper:
     """Stands in for a loaded variant: ``1.5`` makes forwards that take 1.5 times as long as those of ``1``."""
 
-    def prepare(self, batch_size):
-        pass
-
     def __init__(self, study, variant, device):
         self.factor = float(variant)
+
+    def prepare(self, batch_size):
+        pass
 
     def warm_up(self, batch_size):
         return {}
@@ -60,7 +60,7 @@ class Fragile(Sleeper):
         return super().block(batch_size, forwards)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sleepers():
     names = ("1", "1.5")
     workers = {name: Worker(None, name, bench=Sleeper) for name in names}
@@ -84,7 +84,13 @@ def test_errors_come_back_as_what_they_are(sleepers):
         with pytest.raises(error, match=text):
             worker.ask("fail", kind=kind)
     assert worker.ask("where"), "a failed question must not end the worker"
-    with pytest.raises(VariantError, match=r"process of 1 died \(exit code -9\), most likely out of memory"):
+
+
+def test_a_process_that_dies_is_a_reason():
+    with (
+        Worker(None, "1", bench=Sleeper) as worker,
+        pytest.raises(VariantError, match=r"process of 1 died \(exit code -9\), most likely out of memory"),
+    ):
         worker.ask("fail", kind="die")
 
 
@@ -130,7 +136,9 @@ def test_where_nobody_keeps_the_reason_a_failure_is_raised():
 
 def test_all_may_fail(monkeypatch):
     monkeypatch.setattr(compare, "Bench", Fragile)
-    study = studies.Study("x", "", "", "", "", variants=["1.5"], batch_sizes=[2, 3])
+    study = studies.Study(
+        "x", "", "", "", "", variants=["1.5"], batch_sizes=[2, 3], compare=studies.Compare(processes=1)
+    )
     found = compare.measure(study)
     assert found["blocks_ms"] == {"2": {}, "3": {}} and len(found["failed"]) == 2
 

@@ -1,9 +1,10 @@
 """Engines give the same logits, and say why when they cannot be had."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
-from vitnb import data, engines, models, variants
+from vitnb import data, engines, models, quantize, variants
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 
@@ -22,6 +23,20 @@ def test_fused_gives_the_same_logits(mini, weights):
     assert loaded.found()["engine_ran"] == "fused" and loaded.found()["engine_reason"] == ""
     torch.testing.assert_close(found, wanted, atol=1e-5 if weights == "fp32" else 1e-2, rtol=0)
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+def test_w8a8_has_no_outliers(mini):
+    """The weights of int8, and every activation in int8: columns beyond the threshold no longer stay in 16 bits."""
+    (int8, mixed), (w8a8, plain) = (logits(mini, f"{weights}-sdpa") for weights in ("int8", "w8a8"))
+    thresholds = {
+        loaded.variant.weights: {
+            m.state.threshold for m in loaded.model.modules() if isinstance(m, bnb.nn.Linear8bitLt)
+        }
+        for loaded in (mixed, plain)
+    }
+    assert thresholds == {"int8": {quantize.OUTLIER_THRESHOLD}, "w8a8": {0.0}}
+    assert plain.found()["checkpoint_sha256"] == mixed.found()["checkpoint_sha256"]
+    assert (w8a8 - int8).abs().max() < 0.05 * int8.abs().max()
 
 
 @on_cpu

@@ -87,11 +87,11 @@ def test_an_fp8_linear_is_near_the_linear_and_keeps_rows_apart():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dequantized_to_the_bit_as_bitsandbytes_does(shape, dtype):
     linear = torch.nn.Linear(shape[1], shape[0], bias=False).to(dtype)
-    weight = quantize.quantized_copy(linear, 4, dtype).weight
+    small = quantize.quantized_copy(linear, 4, dtype)
     out = torch.full((linear.weight.numel(),), 9.0, dtype=dtype)
-    (packed,) = weights.pack([weight])
+    (packed,) = weights.pack([small])
     packed.unpack(reference, out)
-    assert torch.equal(out.view(shape), bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+    assert torch.equal(out.view(shape), bnb.functional.dequantize_4bit(small.weight.data, small.weight.quant_state))
 
 
 def test_the_scratch_is_shared_and_small_and_the_weights_are_packed():

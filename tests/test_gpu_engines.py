@@ -31,11 +31,11 @@ def random(*shape, dtype=torch.bfloat16):
 @pytest.mark.parametrize("shapes", [[(4096, 1024)], [(1024, 4096)], [(192, 192)], [(1024, 1024)] * 4 + [(4096, 1024)]])
 def test_nf4_is_unpacked_to_the_bit_as_bitsandbytes_does(kernels, shapes, dtype):
     linears = [torch.nn.Linear(columns, rows, bias=False, device="cuda", dtype=dtype) for rows, columns in shapes]
-    packed = [quantize.quantized_copy(linear, 4, dtype).weight for linear in linears]
+    packed = [quantize.quantized_copy(linear, 4, dtype) for linear in linears]
     out = torch.full((sum(linear.weight.numel() for linear in linears) + 64,), 9.0, device="cuda", dtype=dtype)
     (pack,) = weights.pack(packed)
     pack.unpack(kernels, out)
-    wanted = [bnb.functional.dequantize_4bit(weight.data, weight.quant_state).view(-1) for weight in packed]
+    wanted = [bnb.functional.dequantize_4bit(one.weight.data, one.weight.quant_state).view(-1) for one in packed]
     assert torch.equal(out[:-64], torch.cat(wanted)) and (out[-64:] == 9).all()
 
 

@@ -53,7 +53,8 @@ def tables() -> dict[str, pd.DataFrame]:
     table, every = pd.DataFrame(rows, columns=summary.COLUMNS), compare.ratios(turns)
     answers = accuracy.compared(evaluated(), turns)
     return {
-        "summary.csv": table, "ratios.csv": every, "times.csv": compare.times(turns), "accuracy.csv": answers, "ablation.csv": ablate.table(ablated["rows"]),
+        "summary.csv": table, "ratios.csv": every, "times.csv": compare.times(turns), "accuracy.csv": answers,
+        "ablation.csv": ablate.table(ablated["rows"]),
         "claims.csv": claims.verdicts(claims.measured(table, every, answers, ablated)),
     }  # fmt: skip
 

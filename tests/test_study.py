@@ -109,6 +109,7 @@ def test_summary_follows_from_the_raw_records(done):
             "disk_mb": sum(path.stat().st_size for path in files.iterdir()) / 2**20,
             "resident_mb": record["resident_bytes"] / 2**20,
             "peak_mb": peaks["allocator_peak_bytes"] / 2**20,
+            "engine": "eager", "engine_ran": "eager", "scratch_mb": 0.0,
             "attention_time_ms": trace["attention_ms"], "total_time_ms": sum(trace["operators_ms"].values()),
             "device": record["machine"]["gpu"] or record["machine"]["cpu"],
         }  # fmt: skip

@@ -113,6 +113,7 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
             except VariantError as error:
                 failed[name] = one_line(error)
                 del workers[name]
+                tell(f"{name} failed: {failed[name]}")
         tell(f"{len(workers)} variants and peers loaded")
         for size in study.batch_sizes:
             here: dict[str, str] = {}
@@ -122,6 +123,8 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
             ready = {name: workers[name] for name in warmed}
             blocks[str(size)] = take_turns(ready, size, study.compare, study.seed, here)
             failed |= {f"{name} at batch {size}": reason for name, reason in here.items()}
+            for name, reason in here.items():
+                tell(f"{name} failed at batch {size}: {reason}")
             rounds = len(next(iter(blocks[str(size)].values()), []))
             tell(f"batch {size}: {len(blocks[str(size)])} side by side, {rounds} rounds")
     launched = {name: found["attention_launched"] for name, found in described.items() if name in study.variants}

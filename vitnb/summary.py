@@ -230,9 +230,10 @@ def speed(row) -> str:
 
 
 def not_comparable(summary: pd.DataFrame) -> list[str]:
-    """Sentences for pairs of variants that differ in the attention's name alone and ran the same kernel."""
+    """Sentences for variants that differ in name alone: the same weights, engine and attention kernel ran."""
     notes = []
-    for (weights, kernel), group in summary[summary.status == "ok"].groupby(["weights", "attention_ran"]):
+    ok = summary[summary.status == "ok"]
+    for (weights, _, kernel), group in ok.groupby(["weights", "engine_ran", "attention_ran"]):
         names = sorted(group.variant.unique())
         if len(names) > 1:
             notes.append(

@@ -12,8 +12,6 @@ What changes, each a technique that can be left out (the waterfall figure shows 
 - ``one pass`` (NF4): the weights of a block are unpacked by one kernel in two launches, into a scratch that all blocks share.
 """
 
-from types import SimpleNamespace
-
 import bitsandbytes as bnb
 import torch
 from torch import nn
@@ -39,19 +37,10 @@ class Block(nn.Module):
         first, second = [*groups, [own.o_proj], [mlp.fc1]], [[mlp.fc2]]
         products, self.packs = [], nn.ModuleList()
         for stage in (first, second):  # of NF4: the second is unpacked over the first
-            begin = 0
-            for group in stage:
-                view = None
-                if scratch is not None:
-
-                    def view(rows, columns, begin=begin):
-                        return scratch[begin : begin + rows * columns].view(rows, columns)
-
-                    begin += sum(one.in_features * one.out_features for one in group)
-                products.append(weights.dense(group, dtype, view))
+            places = weights.places(scratch, stage)
+            products += [weights.dense(group, dtype, place) for group, place in zip(stage, places, strict=True)]
             if scratch is not None:
-                packed = [one.weight for group in stage for one in group]
-                self.packs.append(weights.pack(packed, "one pass" in techniques))
+                self.packs.append(weights.pack([one for group in stage for one in group], "one pass" in techniques))
         *qkv, self.out, self.fc1, self.fc2 = products
         self.qkv = nn.ModuleList(qkv)
         for name, norm in (("before", layer.layernorm_before), ("after", layer.layernorm_after)):
@@ -84,7 +73,7 @@ class FusedViT(nn.Module):
         self.config, self.launched, self.dtype = config, launched, dtype
         self.techniques = frozenset(TECHNIQUES) if techniques is None else techniques
         self.eps, self.heads = config.layer_norm_eps, config.num_attention_heads
-        # Nothing is added within a float8 product: its sum would be rounded to float8's scale first.
+        # PyTorch's float8 product has no operand to add to.
         self.adds_in_product = "stream" in self.techniques and not isinstance(linear, Fp8Linear)
         device = model.classifier.weight.device
         of = {True: operations(device), False: reference}
@@ -193,14 +182,8 @@ class FusedViT(nn.Module):
             if self.scratch is not None:
                 weights.unpack(block.packs[1], self.unpacker, self.scratch)
             delta = self._add(block.fc2, stream, x)
-        # Of the last norm only the class token is read, whatever the techniques.
-        first = SimpleNamespace(stream=stream, delta=delta)
-        if len(stream) != batch:
+        if len(stream) != batch:  # of the last norm only the class token is read, whatever the techniques
             tokens = len(stream) // batch
-            first = SimpleNamespace(
-                stream=stream[::tokens].contiguous(), delta=None if delta is None else delta[::tokens].contiguous()
-            )
-        x = self.norm.layer_norm(
-            first.stream, first.delta, self.last_shift, self.layernorm.weight, self.layernorm.bias, self.eps
-        )
+            stream, delta = (None if t is None else t[::tokens].contiguous() for t in (stream, delta))
+        x = self.norm.layer_norm(stream, delta, self.last_shift, self.layernorm.weight, self.layernorm.bias, self.eps)
         return ImageClassifierOutput(logits=self.classifier(x))

@@ -1,6 +1,6 @@
 """Weights of Linears, ready for their products: plain, NF4 that is unpacked right before use, or float8 by rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import bitsandbytes as bnb
 import torch
@@ -53,8 +53,9 @@ class Fp8(nn.Module):
 class Packed(nn.Module):
     """NF4 weights of one or more Linears, one after the other, that one kernel unpacks into a scratch."""
 
-    def __init__(self, weights: Sequence[bnb.nn.Params4bit]):
+    def __init__(self, linears: Sequence[bnb.nn.Linear4bit]):
         super().__init__()
+        weights = [linear.weight for linear in linears]
         states = [weight.quant_state for weight in weights]
         if any(s.blocksize != NF4_BLOCK or not s.nested or s.state2.blocksize != NF4_GROUP for s in states):
             raise VariantError("the fused engine reads NF4 with double quantization in blocks of 64 and 256 only")
@@ -81,28 +82,28 @@ class Packed(nn.Module):
 class OneByOne(nn.Module):
     """The same as bitsandbytes does it: a launch of several kernels and a copy for each weight."""
 
-    def __init__(self, weights: Sequence[bnb.nn.Params4bit]):
+    def __init__(self, linears: Sequence[bnb.nn.Linear4bit]):
         super().__init__()
-        self.numel = sum(weight.quant_state.shape.numel() for weight in weights)
-        self.weights = list(weights)
+        self.linears = nn.ModuleList(linears)
+        self.numel = sum(linear.weight.quant_state.shape.numel() for linear in linears)
 
     def unpack(self, operations, out: torch.Tensor) -> None:
         begin = 0
-        for weight in self.weights:
-            values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        for linear in self.linears:
+            values = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
             out[begin : begin + values.numel()].view_as(values).copy_(values)
             begin += values.numel()
 
 
-def pack(weights: Sequence[bnb.nn.Params4bit], joined: bool = True) -> nn.ModuleList:
-    """Weights that go into one scratch one after the other, in as few launches as their groups of scales allow.
+def pack(linears: Sequence[bnb.nn.Linear4bit], joined: bool = True) -> nn.ModuleList:
+    """The weights of Linears that go into one scratch one after the other, in as few launches as their groups of scales allow.
 
     A group holds the scales of 64 x 256 weights. Weights that do not end at a group's border cannot be joined.
     """
     if not joined:
-        return nn.ModuleList([OneByOne(weights)])
-    whole = all(weight.quant_state.shape.numel() % (NF4_BLOCK * NF4_GROUP) == 0 for weight in weights[:-1])
-    return nn.ModuleList([Packed(weights)] if whole else [Packed([weight]) for weight in weights])
+        return nn.ModuleList([OneByOne(linears)])
+    whole = all(one.weight.quant_state.shape.numel() % (NF4_BLOCK * NF4_GROUP) == 0 for one in linears[:-1])
+    return nn.ModuleList([Packed(linears)] if whole else [Packed([one]) for one in linears])
 
 
 def unpack(packs: Sequence[Packed], operations, out: torch.Tensor) -> None:
@@ -123,14 +124,23 @@ def bias_of(linears: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor | 
     ]).to(dtype)  # fmt: skip
 
 
-def dense(linears: Sequence[nn.Linear], dtype: torch.dtype, view: Callable | None = None) -> Dense | Fp8:
+def places(scratch: torch.Tensor | None, groups: Sequence[Sequence[nn.Linear]]):
+    """Where in a scratch the joined weights of each group stand, [out, in], one after the other; without a scratch nowhere."""
+    begin = 0
+    for group in groups:
+        rows, columns = sum(one.out_features for one in group), group[0].in_features
+        yield None if scratch is None else scratch[begin : begin + rows * columns].view(rows, columns)
+        begin += rows * columns
+
+
+def dense(linears: Sequence[nn.Linear], dtype: torch.dtype, place: torch.Tensor | None = None) -> Dense | Fp8:
     """One product for Linears that read the same input: float8 if they are, else plain.
 
-    ``view``: (rows, columns) -> where the weight will stand once it is unpacked, for NF4.
+    ``place``: where the weight will stand once it is unpacked, for NF4.
     """
     bias = bias_of(linears, dtype)
     if isinstance(linears[0], Fp8Linear):
         return Fp8(torch.cat([one.weight.data for one in linears]), torch.cat([one.scale for one in linears]), bias)
-    if view is not None:
-        return Dense(view(sum(one.out_features for one in linears), linears[0].in_features), bias, borrowed=True)
+    if place is not None:
+        return Dense(place, bias, borrowed=True)
     return Dense(torch.cat([one.weight.data.to(dtype) for one in linears]), bias)
