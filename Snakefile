@@ -17,6 +17,7 @@ measured = [
     records / "compare.json",
     records / "ablate.json",
     records / "infer.json",
+    *[records / "waterfall.json"] * bool(study.waterfall),
 ]
 
 
@@ -74,6 +75,20 @@ rule compare:
     threads: workflow.cores
     shell:
         "{sys.executable} -m vitnb compare {asked}"
+
+
+if study.waterfall:
+
+    rule waterfall:
+        input:
+            source,
+            records / "finetune.json",
+        output:
+            records / "waterfall.json",
+            study.outputs / "waterfall.csv",
+        threads: workflow.cores
+        shell:
+            "{sys.executable} -m vitnb waterfall {asked}"
 
 
 rule ablate:

@@ -34,6 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("study", nargs="?", default="embedded")
     compare.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
 
+    waterfall = commands.add_parser(
+        "waterfall", help="measure one technique after the other: its gain, its cost in accuracy and memory"
+    )
+    waterfall.add_argument("study", help="a study that names batch sizes for it")
+    waterfall.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+
     show = commands.add_parser("show", help="print a record: what was asked, what ran, on what, with which versions")
     show.add_argument("record", help="a JSON file, or the name of a record of a study, such as evaluate-nf4-sdpa")
 
@@ -110,6 +116,12 @@ def _compare(args) -> None:
     print(f"vitnb: {compare.run(studies.load(args.study), args.device)}")
 
 
+def _waterfall(args) -> None:
+    from vitnb import studies, waterfall
+
+    print(f"vitnb: {waterfall.run(studies.load(args.study), args.device)}")
+
+
 def _show(args) -> None:
     from vitnb import show
 
@@ -157,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         "study": _study,
         "run": _run,
         "compare": _compare,
+        "waterfall": _waterfall,
         "show": _show,
         "report": _report,
         "check": _check,

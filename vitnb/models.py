@@ -78,6 +78,10 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
     labels = dict(enumerate(class_names))
     options = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "ignore_mismatched_sizes": True}
     base, on = find_base(study), device()
+    if (
+        on.type == "cuda"
+    ):  # by its number: the threads in which transformers loads know only the first GPU, whichever is set
+        on = torch.device("cuda", torch.cuda.current_device())
     model = _from_pretrained(base, dtype=torch.float32, **options)
     if weights != "fp32":
         # The head is the full-precision load's: every precision starts alike, and no loader (transformers 5.17 does)
@@ -179,9 +183,15 @@ class Loaded:
 
 
 def load(
-    study: studies.Study, variant: Variant, checkpoint: Path | None = None, on: torch.device | None = None
+    study: studies.Study,
+    variant: Variant,
+    checkpoint: Path | None = None,
+    on: torch.device | None = None,
+    techniques: frozenset[str] | None = None,
 ) -> Loaded:
     """Load one variant of a study's fine-tuned model (or of ``checkpoint``), on ``on`` or what ``device`` gives.
+
+    ``techniques``: those of the fused engine that are used, all by default; see ``fused.vit``.
 
     Raises:
         UserError: the checkpoint is missing, a pickle or broken.
@@ -225,7 +235,7 @@ def load(
     parameters = quantize.parameters(model)
     if variant.engine == "fused":
         with torch.inference_mode():
-            model = FusedViT(model, launched, dtype)
+            model = FusedViT(model, launched, dtype, techniques)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     return Loaded(
         variant,

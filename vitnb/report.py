@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitnb import ablate, accuracy, claims, compare, figures, memory, records, studies, summary
+from vitnb import ablate, accuracy, claims, compare, figures, ladders, memory, records, studies, summary, waterfall
 from vitnb.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -94,6 +94,23 @@ def raced(ratios: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def stepped(table: pd.DataFrame) -> pd.DataFrame:
+    """The waterfall's table as people read it; the rows that lose, or did not run, among the others."""
+    rows = []
+    for row in table.itertuples():
+        first, blank = row.gain != row.gain, row.kl != row.kl
+        rows.append({
+            "ladder": row.ladder, "batch": row.batch_size, "technique": row.step, "variant": row.variant,
+            "p50 ms": _cell("{:.3f}", row.p50_ms),
+            "gain": "" if first else f"{row.gain:.3f}x ({row.gain_low:.3f} to {row.gain_high:.3f})",
+            "in words": waterfall.judged(row), "over the first": _cell("{:.2f}x", row.total_gain),
+            "KL (95%)": "" if blank else f"{row.kl:.2g} ({row.kl_low:.2g} to {row.kl_high:.2g})", "changed": _cell("{:.1%}", row.changed),
+            "resident MB": _cell("{:.2f}", row.resident_mb), "scratch MB": _cell("{:.2f}", row.scratch_mb),
+            "engine that ran": _cell("{}", row.engine_ran), "reason": _cell("{}", row.reason),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def write(study: studies.Study) -> Path:
     """Write ``report.html``, ``summary.csv``, ``accuracy.csv`` and ``claims.csv`` of a study from its records.
 
@@ -106,6 +123,7 @@ def write(study: studies.Study) -> Path:
             f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.typed}' first"
         )
     finetuned, ablated, inferred, turns = (_one(found, name) for name in ("finetune", "ablate", "infer", "compare"))
+    based, fallen = (_one(found, name) for name in ("pretrain", "waterfall"))
     current = set(table[table.status == "ok"].record)
     evaluated = [record for record in found if record["name"] in current]
     every = compare.ratios(turns) if turns else pd.DataFrame(columns=compare.RATIO_COLUMNS)
@@ -123,6 +141,10 @@ def write(study: studies.Study) -> Path:
         pictures["learning"] = figures.learning_curve(finetuned["history"])
     if ablated:
         pictures |= {"layers": figures.ablation_layers(ablated["rows"]), "ends": figures.ablation_ends(ablated["rows"])}
+    if based:
+        pictures["base"] = figures.pretraining_curve(based["history"])
+    if fallen:
+        pictures["waterfall"] = figures.waterfall(fallen)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     keep = {bits: ablate.recommended(ablated["rows"], bits) for bits in study.ablate_bits} if ablated else {}
     html = page.render(
@@ -131,7 +153,8 @@ def write(study: studies.Study) -> Path:
         raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
-        keep=keep, records=found, newest=found[-1], MB=summary.MB,
+        keep=keep, based=based, fallen=fallen, techniques=ladders.TOLD,
+        stepped=stepped(waterfall.table(fallen)) if fallen else None, records=found, newest=found[-1], MB=summary.MB,
     )  # fmt: skip
     _csv(study.outputs / "summary.csv", table)
     _csv(study.outputs / "accuracy.csv", answers)

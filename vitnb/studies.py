@@ -84,6 +84,7 @@ class Study:
     variants: list[str] = field(default_factory=lambda: list(variants.SOURCE))
     peers: list[str] = field(default_factory=list)  # of PEERS: they take turns with the variants
     batch_sizes: list[int] = field(default_factory=lambda: [1])
+    waterfall: list[int] = field(default_factory=list)  # batch sizes of the waterfall (see ``waterfall``); empty: none
     infer_variant: str = "nf4-sdpa"
     ablate_bits: list[int] = field(default_factory=lambda: [4, 8])
     pretrain: Pretrain | None = None
@@ -162,6 +163,8 @@ def _check(study: Study, path: Path) -> None:
             raise UserError(f"{path}: unknown peer '{name}': {nearest(name, PEERS)}")
     if not study.batch_sizes or min(study.batch_sizes) < 1:
         raise UserError(f"{path}: batch_sizes must be positive whole numbers, got {study.batch_sizes}")
+    if study.waterfall and min(study.waterfall) < 1:
+        raise UserError(f"{path}: waterfall must hold positive whole numbers, batch sizes, got {study.waterfall}")
     if not set(study.ablate_bits) <= {4, 8}:
         raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
     if bool(study.base) == bool(study.pretrain):

@@ -1,11 +1,13 @@
 """Figures of the notebooks and of the report: each takes a table or a record and returns a matplotlib Figure."""
 
 from vitnb.figures.inside import kernel_classes, operators, parts_and_classes
-from vitnb.figures.learning import ablation_ends, ablation_layers, confusion, gallery, learning_curve
+from vitnb.figures.learning import ablation_ends, ablation_layers, confusion, gallery, learning_curve, pretraining_curve
 from vitnb.figures.style import MARKERS, PALETTE
 from vitnb.figures.tradeoffs import accuracy_latency, accuracy_size, latency_distribution, size_memory
+from vitnb.figures.waterfall import waterfall
 
 __all__ = [
     "MARKERS", "PALETTE", "ablation_ends", "ablation_layers", "accuracy_latency", "accuracy_size", "confusion", "gallery",
-    "kernel_classes", "latency_distribution", "learning_curve", "operators", "parts_and_classes", "size_memory",
+    "kernel_classes", "latency_distribution", "learning_curve", "operators", "parts_and_classes", "pretraining_curve", "size_memory",
+    "waterfall",
 ]  # fmt: skip

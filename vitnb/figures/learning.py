@@ -19,6 +19,16 @@ def learning_curve(history: list[dict]) -> Figure:
     return figure
 
 
+def pretraining_curve(history: list[dict]) -> Figure:
+    """Training loss and top-1 on fresh drawings of a base by step."""
+    curve = pd.DataFrame(history)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+    for axis, y, label in zip(axes, ("loss", "held_out_top1"), ("training loss", "held-out top-1"), strict=True):
+        sns.lineplot(curve, x="step", y=y, marker="o", ax=axis)
+        axis.set(ylabel=label)
+    return figure
+
+
 def confusion(counts: np.ndarray) -> Figure:
     """A confusion matrix as a heat map, each row normalized."""
     figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
