@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import models, quantize, studies, variants
+from vitnb import checkpoints, models, quantize, studies, variants
 from vitnb.errors import UserError, VariantError
 
 PLAIN = """
@@ -136,10 +136,10 @@ def test_the_preprocessing_of_the_base_travels_with_every_export(mini):
 
 def test_pickles_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
-        models.safe(tmp_path)
+        checkpoints.safe(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle"):
-        models.safe(tmp_path)
+        checkpoints.safe(tmp_path)
 
 
 def test_a_missing_checkpoint_names_the_command(mini):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from vitnb import cli, data, models, quantize, runner, studies
+from vitnb import checkpoints, cli, data, models, quantize, runner, studies
 
 NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def test_a_random_head_fails_the_checked_cells(tmp_path):
     AutoModelForImageClassification.from_pretrained(
         folder / "merged", dtype=torch.bfloat16, quantization_config=settings
     ).save_pretrained(folder / "nf4")
-    models.processor(models.find_base(study)).save_pretrained(folder / "nf4")
+    checkpoints.processor(models.find_base(study)).save_pretrained(folder / "nf4")
     words = [
         "-m",
         "pytest",

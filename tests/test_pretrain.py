@@ -15,7 +15,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoImageProcessor, AutoModel, ViTImageProcessorPil
 
-from vitnb import backbone, cli, data, drawings, garden, models, pretrain, studies, tokens
+from vitnb import backbone, checkpoints, cli, data, drawings, garden, models, pretrain, studies, tokens
 from vitnb.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +216,7 @@ def test_a_study_s_own_base(study, tmp_path, capsys):
     assert models.load_base(loaded, ["a", "b", "c"]).config.num_labels == 3
     record = json.loads((tmp_path / "out" / "own" / "records" / "pretrain.json").read_text())
     assert record["status"] == "ok" and record["study_asked"]["pretrain"]["keep_tokens"] == 0.25
-    assert record["base_sha256"] == models.fingerprint(folder)
+    assert record["base_sha256"] == checkpoints.fingerprint(folder)
     assert record["parameters"] == sum(p.numel() for p in base.parameters())
     (row,) = record["history"]
     assert row["step"] == 6 and set(row) == {"step", "loss", "held_out_top1", "images_per_second", "minutes"}
@@ -291,7 +291,9 @@ def test_commands_that_cannot_be(words, fix, capsys, monkeypatch):
 
 
 def test_a_batch_read_by_threads_is_the_batch_read_by_one(mini, monkeypatch):
-    images = data.Pixels(data.split(mini, "train"), models.processor(models.find_base(mini)), seed=3, crop_scale=0.5)
+    images = data.Pixels(
+        data.split(mini, "train"), checkpoints.processor(models.find_base(mini)), seed=3, crop_scale=0.5
+    )
     images.epoch, read, batches = 2, data.read, {}
     for cores in (2, 64):
         readers = set()

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from vitnb import attention, models, quantize
+from vitnb import attention, checkpoints, models, quantize
 from vitnb.errors import UserError, VariantError, one_line
 
 
@@ -17,7 +17,7 @@ def check(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: name a checkpoint, such as outputs/embedded/checkpoints/nf4")
-    names, size = _weights(models.safe(folder))
+    names, size = _weights(checkpoints.safe(folder))
     lines = [f"safetensors   whole: {len(names)} tensors, {size / 2**20:.1f} MB"]
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -66,7 +66,7 @@ def _fits(folder: Path) -> str:
         )
     except Exception as error:  # whatever transformers trips over
         raise UserError(f"{folder} does not load: {one_line(error)}") from None
-    if wrong := models.misfits(found):
+    if wrong := checkpoints.misfits(found):
         raise UserError(wrong)
     quantized, kept = quantize.count(model)
     return f"config        fits the weights; {quantized} Linears quantized, {kept} kept"
@@ -82,7 +82,7 @@ def _classes(config) -> str:
 
 
 def _preprocessing(folder: Path, config) -> str:
-    processor = models.processor(folder)
+    processor = checkpoints.processor(folder)
     size = (processor.size["height"], processor.size["width"])
     expected = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
     if tuple(expected) != size:

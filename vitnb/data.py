@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +164,36 @@ def to_pixels(images: list[Image.Image], processor) -> torch.Tensor:
     return processor(images, return_tensors="pt")["pixel_values"]
 
 
-def batches(pixels: Pixels, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
-    """Batches of (pixels [batch, 3, height, width], labels [batch]); in order, or shuffled from a seed."""
+class Parts:
+    """The part that process ``rank`` of ``processes`` takes of every batch of indices: all parts together are the batch.
+
+    Where a last batch is too small for all, those left over take its first image, which must not count for them: every
+    process has as many batches.
+    """
+
+    def __init__(self, batches: Iterable[list[int]], rank: int, processes: int):
+        self.batches, self.rank, self.processes = batches, rank, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.rank :: self.processes] or batch[:1]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def batches(
+    pixels: Dataset, batch_size: int, shuffle_seed: int | None = None, part: tuple[int, int] = (0, 1)
+) -> DataLoader:
+    """Batches of (pixels [batch, 3, height, width], labels [batch]); in order, or shuffled from a seed.
+
+    ``part``: (rank, processes), to get one process's part of each of the same batches; see ``Parts``.
+    """
     generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    return DataLoader(pixels, batch_size, shuffle=shuffle_seed is not None, generator=generator)
+    whole = DataLoader(pixels, batch_size, shuffle=shuffle_seed is not None, generator=generator)
+    if part == (0, 1):
+        return whole
+    return DataLoader(pixels, batch_sampler=Parts(whole.batch_sampler, *part), generator=generator)
 
 
 def first_batch(split: Split, processor, size: int) -> torch.Tensor:

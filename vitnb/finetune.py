@@ -1,20 +1,17 @@
 """Fine-tuning: LoRA (arXiv:2106.09685) or QLoRA (arXiv:2305.14314) with a trained head, and the three exports.
 
-Only the adapters and the head are trained. The head must be: a new one that stays frozen gives chance.
+Only the adapters and the head are trained (see ``training``). The head must be: a new one that stays frozen gives chance.
 """
 
 import shutil
 import tempfile
-import time
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from vitnb import data, models, quantize, studies
+from vitnb import checkpoints, models, quantize, studies
 from vitnb.errors import UserError, nearest
 
 EXPORTS = ("merged", "nf4", "int8")
@@ -83,77 +80,6 @@ def trained(model: nn.Module) -> dict[str, int]:
     return {"adapters": adapters, "head": sum(sizes.values()) - adapters, "all": model.get_nb_trainable_parameters()[1]}
 
 
-def precision(on: torch.device):
-    """Autocast to 16 bits where the hardware has units for it, else a context that changes nothing."""
-    if on.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.autocast(on.type, models.half(on))
-    return nullcontext()
-
-
-@torch.no_grad()
-def top1(model: nn.Module, pixels: data.Pixels, on: torch.device) -> float:
-    """Share of right answers on a split, in evaluation mode; leaves the model in training mode."""
-    model.eval()
-    right = 0
-    with precision(on):
-        for images, labels in data.batches(pixels, 128):
-            right += (model(pixel_values=images.to(on)).logits.argmax(-1).cpu() == labels).sum().item()
-    model.train()
-    return right / len(pixels)
-
-
-def train(
-    model: PeftModel, study: studies.Study, processor, train: data.Split, valid: data.Split, *, seed=0, epochs=None
-) -> list[dict]:
-    """Train adapters and head; keep the epoch with the best validation top-1; return the learning curve, a row an epoch.
-
-    AdamW under a one-cycle schedule, random crops and flips, early stop after ``study.finetune.patience`` epochs
-    without a better one. fp16 (GPUs below SM80) trains with gradient scaling. ``epochs``: None for the study's own.
-    """
-    budget = replace(study.finetune, epochs=study.finetune.epochs if epochs is None else epochs)
-    if budget.epochs < 1:
-        raise UserError(f"epochs must be at least 1, got {budget.epochs}")
-    on = next(model.parameters()).device
-    images = data.Pixels(train, processor, seed, budget.crop_scale)
-    held_out = data.Pixels(valid, processor)
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), lr=budget.learning_rate, weight_decay=0.01)
-    steps = -(-len(images) // budget.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, budget.learning_rate, total_steps=steps * budget.epochs, pct_start=0.2
-    )
-    scaler = torch.amp.GradScaler(on.type, enabled=models.half(on) == torch.float16)
-    history, best, kept = [], -1.0, {}
-    model.train()
-    for epoch in range(budget.epochs):
-        begin, total = time.perf_counter(), 0.0
-        images.epoch = epoch
-        for pixels, labels in data.batches(images, budget.batch_size, shuffle_seed=seed * 10_000 + epoch):
-            with precision(on):
-                logits = model(pixel_values=pixels.to(on)).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(on))
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            total += loss.item() * len(labels)
-        row = {"epoch": epoch + 1, "loss": total / len(images), "valid_top1": top1(model, held_out, on)}
-        row["seconds"] = round(time.perf_counter() - begin, 1)
-        history.append(row)
-        progress = f"epoch {epoch + 1:2d}/{budget.epochs}  loss {row['loss']:.3f}  valid top-1 {row['valid_top1']:.3f}"
-        print(f"{progress}  {row['seconds']:.0f} s", flush=True)
-        if row["valid_top1"] > best:
-            best, kept = row["valid_top1"], {name: p.detach().clone() for name, p in learned.items()}
-        elif epoch + 1 - max(history, key=lambda r: r["valid_top1"])["epoch"] >= budget.patience:
-            print(f"stopped early: no better epoch for {budget.patience}", flush=True)
-            break
-    with torch.no_grad():
-        for name, parameter in learned.items():
-            parameter.copy_(kept[name])
-    return history
-
-
 def merge(model: PeftModel, study: studies.Study, class_names: list[str]) -> nn.Module:
     """Fold the adapters into the full-precision base, also those that were trained on a quantized one (QLoRA)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +103,7 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
         for weights in ("nf4", "int8"):
             settings = quantize.config(weights, quantize.keep(merged))
             on = models.device()
-            small = models._from_pretrained(
+            small = checkpoints.read(
                 part / "merged", dtype=torch.bfloat16, quantization_config=settings, device_map={"": on}
             )
             quantize.check_counts(small, quantized=True)
@@ -189,9 +115,9 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
         part.rename(final)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return {name: models.disk_bytes(final / name) for name in EXPORTS}
+    return {name: checkpoints.disk_bytes(final / name) for name in EXPORTS}
 
 
 def fingerprints(study: studies.Study) -> dict[str, str]:
-    """What tells a study's exports from those of another fine-tuning; see ``models.fingerprint``."""
-    return {name: models.fingerprint(study.checkpoint(name)) for name in EXPORTS}
+    """What tells a study's exports from those of another fine-tuning; see ``checkpoints.fingerprint``."""
+    return {name: checkpoints.fingerprint(study.checkpoint(name)) for name in EXPORTS}

@@ -7,7 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from vitnb import data, finetune, models, quantize, studies
+from vitnb import data, models, quantize, studies, training
 
 
 def _pixels(split: data.Split, processor) -> np.ndarray:
@@ -27,7 +27,7 @@ def _features(model, split: data.Split, processor) -> np.ndarray:
     hook = model.get_submodule(quantize.head(model)).register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].float().cpu())
     )
-    with finetune.precision(on):
+    with training.precision(on):
         for pixels, _ in data.batches(data.Pixels(split, processor), 128):
             model(pixel_values=pixels.to(on))
     hook.remove()

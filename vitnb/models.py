@@ -1,20 +1,14 @@
-"""Models: from a base to a classifier, and from a checkpoint to a variant that is ready to run.
+"""Models: from a base to a classifier, and from a checkpoint to a variant that is ready to run."""
 
-A checkpoint is a folder that ``AutoModelForImageClassification.from_pretrained`` and ``AutoImageProcessor
-.from_pretrained`` load without this package. It carries the preprocessing and the class names it was trained with.
-"""
-
-import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import attention, engines, fp8, quantize, studies
-from vitnb.errors import UserError, VariantError, one_line
+from vitnb import attention, checkpoints, engines, fp8, quantize, studies
+from vitnb.errors import UserError, VariantError
 from vitnb.fused.vit import FusedViT
 from vitnb.variants import Variant
 
@@ -36,20 +30,6 @@ def half(on: torch.device) -> torch.dtype:
     return torch.float16 if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 0) else torch.bfloat16
 
 
-def safe(folder: Path) -> Path:
-    """The folder, once it is sure that opening it runs no code: safetensors only, no pickles."""
-    if not list(folder.glob("*.safetensors")):
-        pickles = [
-            path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(suffix)
-        ]
-        if pickles:
-            raise UserError(
-                f"{folder / pickles[0]} is a pickle, which can run code when opened: save the model as safetensors"
-            )
-        raise UserError(f"{folder} holds no *.safetensors: it is not a checkpoint")
-    return folder
-
-
 def find_base(study: studies.Study) -> str:
     """The study's base model as a local folder or, where the study names one, a hub name.
 
@@ -58,10 +38,10 @@ def find_base(study: studies.Study) -> str:
     if study.pretrain:
         if not study.own_base.is_dir():
             raise UserError(f"no base model at {study.own_base}: make it with 'python -m vitnb pretrain {study.typed}'")
-        return str(safe(study.own_base))
+        return str(checkpoints.safe(study.own_base))
     folder = studies.ROOT / study.base
     if folder.is_dir():
-        return str(safe(folder))
+        return str(checkpoints.safe(folder))
     if study.base.startswith((".", "/", "data/")):
         raise UserError(f"no base model at {folder}: restore it with 'git checkout {study.base}'")
     return study.base
@@ -82,13 +62,13 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
         on.type == "cuda"
     ):  # by its number: the threads in which transformers loads know only the first GPU, whichever is set
         on = torch.device("cuda", torch.cuda.current_device())
-    model = _from_pretrained(base, dtype=torch.float32, **options)
+    model = checkpoints.read(base, dtype=torch.float32, **options)
     if weights != "fp32":
         # The head is the full-precision load's: every precision starts alike, and no loader (transformers 5.17 does)
         # leaves a head of the base's size on a quantized model.
         head = quantize.head(model)
         fresh, settings = model.get_submodule(head), quantize.config(weights, quantize.keep(model), half(on))
-        model = _from_pretrained(
+        model = checkpoints.read(
             base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options
         )
         model.set_submodule(head, fresh.to(on))
@@ -96,48 +76,6 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
         quantize.forbid_packing(model)
     model.set_attn_implementation("vitnb-sdpa")
     return model.to(on)
-
-
-def processor(source: str | Path):
-    """The image processor that travels with a base or a checkpoint, always on Pillow: one preprocessing for all."""
-    try:
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{source} has no preprocessing (preprocessor_config.json): {one_line(error)}") from None
-
-
-def _from_pretrained(source: str | Path, **options) -> nn.Module:
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            source, trust_remote_code=False, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {source}: {one_line(error)}") from None
-
-
-def misfits(found: dict) -> str:
-    """What transformers' loading info says that is missing, left over or of another shape, in words; nothing if all fits."""
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
-            first = min(
-                f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k for k in found[kind]
-            )
-            return f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
-    return ""
-
-
-def disk_bytes(folder: Path) -> int:
-    """Bytes of all files of a checkpoint."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of a checkpoint's weights: which model a number belongs to."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @dataclass
@@ -165,7 +103,8 @@ class Loaded:
             "parameters": self.parameters, "dtype": str(self.dtype).removeprefix("torch."), "attention_launched": self.launched,
             "linears_quantized": self.linears_quantized, "linears_kept": self.linears_kept,
             "device": self.device.type, "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
-            "scratch_bytes": getattr(self.model, "scratch_bytes", 0), "checkpoint_sha256": fingerprint(self.folder), **self.engine.found(),
+            "scratch_bytes": getattr(self.model, "scratch_bytes", 0), **self.engine.found(),
+            "checkpoint_sha256": checkpoints.fingerprint(self.folder),
         }  # fmt: skip
 
     def to_input(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -210,14 +149,14 @@ def load(
     # TensorFloat-32 would make the full-precision baseline a 19-bit one.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # transformers fills what a checkpoint lacks with random numbers, and only warns.
-    model, found = _from_pretrained(
-        safe(folder),
+    model, found = checkpoints.read(
+        checkpoints.safe(folder),
         dtype=dtype,
         attn_implementation=attention.implementation(launched),
         device_map={"": on},
         output_loading_info=True,
     )
-    if wrong := misfits(found):
+    if wrong := checkpoints.misfits(found):
         raise UserError(f"{folder}: {wrong}: make it again with 'python -m vitnb run finetune -p study {study.typed}'")
     model.eval()
     for module in model.modules():
@@ -241,7 +180,7 @@ def load(
         variant,
         folder,
         model,
-        processor(folder),
+        checkpoints.processor(folder),
         names,
         on,
         dtype,
@@ -249,7 +188,7 @@ def load(
         quantized,
         kept,
         parameters,
-        disk_bytes(folder),
+        checkpoints.disk_bytes(folder),
         quantize.resident_bytes(model),
         engines.start(variant.engine, model, on),
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ViTForImageClassification
 
-from vitnb import backbone, card, drawings, models, records, studies, tokens
+from vitnb import backbone, card, checkpoints, drawings, models, records, studies, tokens
 from vitnb.errors import UserError
 
 WEIGHT_DECAY, LABEL_SMOOTHING = 0.05, 0.1
@@ -35,7 +35,7 @@ def of_study(asked: str) -> Path:
         raise UserError(f"study '{study.name}' has no pretrain section: its base is {study.base}")
     command = f"python -m vitnb pretrain {study.typed}"
     found = pretrain(study.own_base, study.pretrain, seed=run.seed, device=models.device(), command=command)
-    run.save(**found, base_sha256=models.fingerprint(study.own_base))
+    run.save(**found, base_sha256=checkpoints.fingerprint(study.own_base))
     return study.own_base
 
 

@@ -125,7 +125,7 @@ def measure(study: studies.Study, on: torch.device) -> dict:
     return {
         "ladders": {ladder: [asdict(step) | {"name": step.name} for step in several] for ladder, several in LADDERS.items()},
         "steps": found, "blocks_ms": blocks, "failed": failed_at, "images": min(IMAGES, len(split)),
-        "checkpoint_sha256": {name: models.fingerprint(study.checkpoint(name)) for name in checkpoints},
+        "checkpoint_sha256": {name: checkpoints.fingerprint(study.checkpoint(name)) for name in checkpoints},
     }  # fmt: skip
 
 

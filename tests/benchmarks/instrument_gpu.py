@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import write_shapes
 
 from benchmarks import turns
-from vitnb import data, finetune, kernels, latency, machine, models, records, studies, taxonomy, variants
+from vitnb import checkpoints, data, finetune, kernels, latency, machine, models, records, studies, taxonomy, variants
 
 STUDY = """
 title: ViT-L/16 with random weights
@@ -43,7 +43,7 @@ def untrained(folder: Path, settings: str = "") -> studies.Study:
     (folder / "random-l16.yaml").write_text(STUDY.format(folder=folder) + settings)
     study = studies.load(str(folder / "random-l16.yaml"))
     names = data.split(study, "train").class_names
-    finetune.export(finetune.with_adapters(study, names), study, models.processor(folder / "base"), names)
+    finetune.export(finetune.with_adapters(study, names), study, checkpoints.processor(folder / "base"), names)
     return study
 
 

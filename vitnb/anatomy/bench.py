@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from vitnb import data, models, quantize, studies, variants
+from vitnb import checkpoints, data, models, quantize, studies, variants
 
 BATCH_SIZE = 128
 
@@ -77,7 +77,7 @@ class Bench:
     @cached_property
     def processor(self):
         """The preprocessing that the base was trained with."""
-        return models.processor(models.find_base(self.study))
+        return checkpoints.processor(models.find_base(self.study))
 
     @cached_property
     def train(self) -> Pictures:

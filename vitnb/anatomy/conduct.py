@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitnb import ablate, models, quantize
+from vitnb import ablate, checkpoints, quantize
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
 from vitnb.errors import UserError, VariantError
@@ -153,7 +153,7 @@ def pickled(bench: Bench) -> Case:
         loose.write_bytes(pickle.dumps({"weight": np.zeros((2, 2)), "extra": _Surprise()}))
         refused = ""
         try:
-            models.safe(Path(folder))
+            checkpoints.safe(Path(folder))
         except UserError as error:
             refused = str(error).replace(f"{folder}/", "")
         save_file(weights, strict)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from vitnb import models
+from vitnb import checkpoints
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
 
@@ -30,7 +30,7 @@ def divided(bench: Bench) -> Case:
 
     ``extra["mb"]`` holds, for each variant, all of these and the division by 8 (or 4) that would have been meant.
     """
-    full = models.disk_bytes(bench.exports["fp32"]) / MB
+    full = checkpoints.disk_bytes(bench.exports["fp32"]) / MB
     sizes = {}
     for name, wrong, meant in (("nf4-sdpa", 4, 8), ("int8-sdpa", 2, 4)):
         loaded = bench.loaded(name)

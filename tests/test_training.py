@@ -1,0 +1,135 @@
+"""The training loop: repeatable, the best epoch kept, and for one of several processes nothing lost and nothing counted twice."""
+
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from vitnb import data, finetune, models, training
+from vitnb.errors import UserError
+
+
+def fresh(mini, shapes, seed=0, **options):
+    torch.manual_seed(seed)
+    return finetune.with_adapters(mini, shapes[0].class_names, **options)
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_seed_decides_everything(mini, shapes):
+    train, valid, processor = shapes
+    histories, ends = [], []
+    for seed in (7, 7, 8):
+        model = fresh(mini, shapes, seed)
+        history = training.train(model, mini, processor, train, valid, seed=seed)
+        histories.append([(row["epoch"], row["loss"], row["valid_top1"]) for row in history])
+        ends.append(snapshot(model))
+    assert histories[0] == histories[1] != histories[2]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_best_epoch_is_kept_and_the_training_stops_early(mini, shapes, monkeypatch):
+    scores, states = iter([0.2, 0.6, 0.5, 0.4, 0.9]), []
+    train, valid, processor = shapes
+    model = fresh(mini, shapes)
+
+    def scripted(model, *_):
+        states.append(snapshot(model))
+        return next(scores)
+
+    monkeypatch.setattr(training, "top1", scripted)
+    study = replace(mini, finetune=replace(mini.finetune, patience=2))
+    history = training.train(model, study, processor, train, valid, epochs=5)
+    assert [row["valid_top1"] for row in history] == [0.2, 0.6, 0.5, 0.4]
+    kept = snapshot(model)
+    assert all(torch.equal(kept[name], states[1][name]) for name in kept)
+    assert not all(torch.equal(kept[name], states[3][name]) for name in kept)
+
+
+def always_class_2(mini, shapes):
+    model = fresh(mini, shapes)
+    with torch.no_grad():
+        head = model.get_base_model().classifier.modules_to_save["default"]
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    return model
+
+
+def test_validation_top1_counts_right_answers(mini, shapes):
+    _, valid, processor = shapes
+    model = always_class_2(mini, shapes)
+    found = training.top1(model, data.Pixels(valid, processor), models.device())
+    assert found == valid.labels.count(2) / len(valid) == 0.25 and model.training
+
+
+class Team:
+    """One of three processes, the other two of which are asked for what they would say."""
+
+    num_processes = 3
+    device = torch.device("cpu")
+
+    def __init__(self, process_index: int, said: list[float]):
+        self.process_index, self.said = process_index, said
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        self.said.append(value.item())
+        return torch.tensor(self.said, dtype=value.dtype)
+
+
+def test_processes_that_share_a_split_count_each_image_once(mini, shapes):
+    """20 images for 3 processes: 7, 7 and 6, five of them of class 2."""
+    _, valid, processor = shapes
+    model, said = always_class_2(mini, shapes), []
+    for rank in range(3):
+        found = training.top1(model, data.Pixels(valid, processor), models.device(), Team(rank, said))
+    assert found == 0.25 and sum(said) == 5 and min(said) > 0
+
+
+@pytest.mark.parametrize("images", [31, 32, 33])
+def test_the_parts_of_a_batch_are_the_batch(shapes, images):
+    """The same batches in the same order as one process has; of a last one that is too small, the first image fills up."""
+    split = replace(shapes[0], paths=(shapes[0].paths * 2)[:images], labels=list(range(images)))
+    pixels = data.Pixels(split, shapes[2])
+    whole = [labels.tolist() for _, labels in data.batches(pixels, 8, shuffle_seed=3)]
+    parts = [[y.tolist() for _, y in data.batches(pixels, 8, shuffle_seed=3, part=(rank, 4))] for rank in range(4)]
+    assert sorted(chain(*whole)) == list(range(images))
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert [batch[rank::4] or batch[:1] for rank in range(4)] == shares
+        assert sorted({*chain(*shares)}) == sorted(batch)
+
+
+def test_no_epochs_make_no_sense(mini, shapes):
+    train, valid, processor = shapes
+    with pytest.raises(UserError, match="epochs must be at least 1"):
+        training.train(fresh(mini, shapes), mini, processor, train, valid, epochs=0)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(mini, shapes):
+    train, valid, processor = shapes
+    model = fresh(mini, shapes)
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].bias[0] = np.nan
+    with pytest.raises(UserError, match=r"loss of epoch 1 is nan: lower finetune: learning_rate"):
+        training.train(model, mini, processor, train, valid)
+
+
+def test_what_a_training_took():
+    rows = [{"seconds": 1.5, "peak_bytes": 7}, {"seconds": 2.0, "peak_bytes": 9}, {"seconds": 0.5, "peak_bytes": 9}]
+    assert training.cost(rows) == {"seconds": 4.0, "peak_bytes": 9}
+    assert training.cost([row | {"peak_bytes": None} for row in rows]) == {"seconds": 4.0, "peak_bytes": None}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_peak_is_that_of_this_training(mini, shapes):
+    """What was held before and is gone does not count; the model does."""
+    train, valid, processor = shapes
+    before = torch.empty(2**28, device="cuda")
+    del before
+    model = fresh(mini, shapes)
+    found = training.cost(training.train(model, mini, processor, train, valid))["peak_bytes"]
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) < found < 2**28

@@ -1,0 +1,69 @@
+"""Checkpoints: folders that ``AutoModelForImageClassification`` and ``AutoImageProcessor`` load without this package.
+
+Each carries its weights (safetensors), the preprocessing and the class names that it was trained with.
+"""
+
+import hashlib
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from vitnb.errors import UserError, one_line
+
+
+def safe(folder: Path) -> Path:
+    """The folder, once it is sure that opening it runs no code: safetensors only, no pickles."""
+    if not list(folder.glob("*.safetensors")):
+        pickles = [
+            path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(suffix)
+        ]
+        if pickles:
+            raise UserError(
+                f"{folder / pickles[0]} is a pickle, which can run code when opened: save the model as safetensors"
+            )
+        raise UserError(f"{folder} holds no *.safetensors: it is not a checkpoint")
+    return folder
+
+
+def processor(source: str | Path):
+    """The image processor that travels with a base or a checkpoint, always on Pillow: one preprocessing for all."""
+    try:
+        return AutoImageProcessor.from_pretrained(source, backend="pil")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{source} has no preprocessing (preprocessor_config.json): {one_line(error)}") from None
+
+
+def read(source: str | Path, **options) -> nn.Module:
+    """``from_pretrained`` of an image classifier, without pickles and without remote code; UserError, in one line, if it fails."""
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load {source}: {one_line(error)}") from None
+
+
+def misfits(found: dict) -> str:
+    """What transformers' loading info says that is missing, left over or of another shape, in words; nothing if all fits."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            first = min(
+                f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k for k in found[kind]
+            )
+            return f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
+    return ""
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights: which model a number belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
