@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitnb import claims, compare, figures, report, studies, summary, workers
+from vitnb import advice, claims, compare, figures, report, studies, workers
 from vitnb.errors import UserError, VariantError
 from vitnb.workers import Worker
 
@@ -253,8 +253,8 @@ def test_peers_come_after_the_variants_and_are_no_variants():
     compared = pd.DataFrame(
         {"variant": table.variant, "points": [np.nan, -1.0], "verdict": ["the baseline", "no difference beyond noise"]}
     )
-    advice = summary.recommendation(table, ratios, compared)
-    assert {line["variant"] for line in advice} <= {"fp32-sdpa", "nf4-sdpa"} and len(advice) == 4
+    lines = advice.recommendation(table, ratios, compared)
+    assert {line["variant"] for line in lines} <= {"fp32-sdpa", "nf4-sdpa"} and len(lines) == 4
     assert len(figures.accuracy_latency(table, ratios).axes[0].collections[-1].get_offsets()) == 2
     whole = table.assign(attention_ran="flash", attention_time_ms=1.0, total_time_ms=2.0)
     answered = compared.assign(
@@ -270,11 +270,11 @@ def line(variant: str, ratio: float, low: float, high: float):
 
 def test_speed_in_words():
     """Ratios of times turn into speeds, and nothing is faster or slower inside the noise."""
-    assert summary.speed(line("nf4-sdpa", 0.5, 0.4, 0.625)) == "2.00x faster (1.60 to 2.50)"
-    assert summary.speed(line("nf4-sdpa", 1.5, 1.4, 1.6)) == "1.50x slower (1.40 to 1.60)"
-    assert summary.speed(line("nf4-sdpa", 1.003, 1.002, 1.004)).startswith("no difference beyond noise")
-    assert summary.speed(line("nf4-sdpa", 1.05, 0.99, 1.2)) == "no difference beyond noise (0.83 to 1.01)"
-    assert summary.speed(line("fp32-sdpa", 1, 1, 1)) == "the baseline"
+    assert advice.speed(line("nf4-sdpa", 0.5, 0.4, 0.625)) == "2.00x faster (1.60 to 2.50)"
+    assert advice.speed(line("nf4-sdpa", 1.5, 1.4, 1.6)) == "1.50x slower (1.40 to 1.60)"
+    assert advice.speed(line("nf4-sdpa", 1.003, 1.002, 1.004)).startswith("no difference beyond noise")
+    assert advice.speed(line("nf4-sdpa", 1.05, 0.99, 1.2)) == "no difference beyond noise (0.83 to 1.01)"
+    assert advice.speed(line("fp32-sdpa", 1, 1, 1)) == "the baseline"
 
 
 def rows(**by_variant) -> pd.DataFrame:
@@ -307,13 +307,13 @@ def test_the_recommendation_follows_the_ratios_and_not_the_times_taken_one_after
     ).assign(batch_size=1)
     compared = pd.DataFrame({"variant": names.values(), "points": [np.nan, -1.0, -6.0],
                              "verdict": ["the baseline", "no difference beyond noise", "worse than fp32-sdpa: -6.0 points"]})  # fmt: skip
-    advice = {a["need"]: a for a in summary.recommendation(table, ratios, compared)}
-    assert advice["the fastest within 3 points"]["variant"] == "fp32-sdpa"
-    assert advice["the smallest within 3 points"]["variant"] == "nf4-sdpa"
-    assert advice["the smallest within 3 points"]["speed against fp32"] == "1.30x slower (1.20 to 1.40)"
-    assert advice["the smallest within 3 points"]["top-1"] == "no difference beyond noise"
-    assert advice["the fastest that is not worse"]["variant"] == "fp32-sdpa"
-    assert summary.recommendation(table, ratios.iloc[1:], compared) == []
+    told = {a["need"]: a for a in advice.recommendation(table, ratios, compared)}
+    assert told["the fastest within 3 points"]["variant"] == "fp32-sdpa"
+    assert told["the smallest within 3 points"]["variant"] == "nf4-sdpa"
+    assert told["the smallest within 3 points"]["speed against fp32"] == "1.30x slower (1.20 to 1.40)"
+    assert told["the smallest within 3 points"]["top-1"] == "no difference beyond noise"
+    assert told["the fastest that is not worse"]["variant"] == "fp32-sdpa"
+    assert advice.recommendation(table, ratios.iloc[1:], compared) == []
     drawn = figures.accuracy_latency(table, ratios).axes[0]
     assert sorted(drawn.collections[-1].get_offsets()[:, 0]) == [0.4, 1.0, 1.3]
 

@@ -56,7 +56,7 @@ def ledger() -> pd.DataFrame:
 def measured(summary: pd.DataFrame, ratios: pd.DataFrame, compared: pd.DataFrame, ablated: dict | None) -> dict:
     """What there is to compare with: {(quantity, variant): Measured}, at the study's smallest batch size.
 
-    Args: see ``summary.recommendation``; ``ratios`` are of all pairs here. ``ablated``: the ablate record.
+    Args: see ``advice.recommendation``; ``ratios`` are of all pairs here. ``ablated``: the ablate record.
     """
     found = {}
     ok = summary[summary.status == "ok"]

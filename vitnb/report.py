@@ -10,7 +10,20 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitnb import ablate, accuracy, claims, compare, figures, ladders, memory, records, studies, summary, waterfall
+from vitnb import (
+    ablate,
+    accuracy,
+    advice,
+    claims,
+    compare,
+    figures,
+    ladders,
+    memory,
+    records,
+    studies,
+    summary,
+    waterfall,
+)
 from vitnb.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -89,7 +102,7 @@ def raced(ratios: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
         own = taken.loc[row.variant, row.batch_size]
         rows.append({
             "variant": row.variant, "batch": row.batch_size, "p50 ms": f"{own.p50_ms:.3f} ({own.low:.3f} to {own.high:.3f})",
-            "time over fp32-sdpa": f"{row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})", "in words": summary.speed(row),
+            "time over fp32-sdpa": f"{row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})", "in words": advice.speed(row),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -149,7 +162,7 @@ def write(study: studies.Study) -> Path:
     keep = {bits: ablate.recommended(ablated["rows"], bits) for bits in study.ablate_bits} if ablated else {}
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
-        advice=pd.DataFrame(summary.recommendation(table, ratios, answers)), same_kernel=summary.not_comparable(table),
+        advice=pd.DataFrame(advice.recommendation(table, ratios, answers)), same_kernel=advice.not_comparable(table),
         raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
