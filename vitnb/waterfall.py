@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitnb import accuracy, compare, data, intervals, latency, models, records, studies, variants
+from vitnb import accuracy, checkpoints, compare, data, intervals, latency, models, records, studies, variants
 from vitnb.errors import UserError, VariantError, one_line
 from vitnb.ladders import FIRST, LADDERS, Step
 
@@ -121,11 +121,11 @@ def measure(study: studies.Study, on: torch.device) -> dict:
         found[name]["first_class"] = answers[name].argmax(-1).tolist()
         if FIRST.name in answers:
             found[name]["kl_by_image"] = accuracy.six_digits(accuracy.kl(answers[FIRST.name], answers[name]))
-    checkpoints = sorted({variants.get(step.variant).checkpoint for step in steps.values()})
+    used = sorted({variants.get(step.variant).checkpoint for step in steps.values()})
     return {
         "ladders": {ladder: [asdict(step) | {"name": step.name} for step in several] for ladder, several in LADDERS.items()},
         "steps": found, "blocks_ms": blocks, "failed": failed_at, "images": min(IMAGES, len(split)),
-        "checkpoint_sha256": {name: checkpoints.fingerprint(study.checkpoint(name)) for name in checkpoints},
+        "checkpoint_sha256": {name: checkpoints.fingerprint(study.checkpoint(name)) for name in used},
     }  # fmt: skip
 
 
