@@ -26,6 +26,8 @@ class Engine:
     batch size.
     """
 
+    captures = False  # whether a forward is recorded or compiled before it is launched
+
     def __init__(self, asked: str, model: nn.Module):
         self.model, self.ran, self.reason, self.seconds = model, asked, "", {}
 
@@ -35,7 +37,7 @@ class Engine:
     @property
     def replays(self) -> bool:
         """Whether the forward is no longer made of the model's own calls, so that hooks on its modules see nothing."""
-        return False
+        return self.captures and not self.reason
 
     def fall_back(self, reason: str) -> None:
         """Launch operator by operator from now on."""
@@ -49,14 +51,12 @@ class Engine:
 class Graph(Engine):
     """A CUDA graph for each shape of input, with an input buffer that stays where it is; all share one pool of memory."""
 
+    captures = True
+
     def __init__(self, asked: str, model: nn.Module):
         super().__init__(asked, model)
         self.graphs: dict[torch.Size, tuple] = {}
         self.pool = None
-
-    @property
-    def replays(self) -> bool:
-        return not self.reason
 
     def _capture(self, pixels: torch.Tensor) -> None:
         begin = time.perf_counter()
@@ -94,14 +94,12 @@ class Graph(Engine):
 class Compiled(Engine):
     """torch.compile, once for each shape; its CUDA graphs overwrite their results, so the logits are copied."""
 
+    captures = True
+
     def __init__(self, asked: str, model: nn.Module):
         super().__init__(asked, model)
         mode = "reduce-overhead" if next(model.parameters()).is_cuda else "default"
         self.compiled = torch.compile(model, mode=mode, dynamic=False)
-
-    @property
-    def replays(self) -> bool:
-        return not self.reason
 
     def __call__(self, pixel_values: torch.Tensor):
         if self.reason:

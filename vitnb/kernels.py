@@ -58,8 +58,8 @@ def _outermost(events) -> list:
 
 def _timeline(events, on_gpu: bool) -> list[tuple[float, float]]:
     """(begin, end) in milliseconds of what kept the device busy: kernels or, on a CPU, outermost operators."""
-    _, *rest = _on_device(events) if on_gpu else [None, *_outermost(events)]  # the first only wakes the profiler
-    return sorted((e.time_range.start / 1e3, e.time_range.end / 1e3) for e in rest)
+    busy = _on_device(events)[1:] if on_gpu else _outermost(events)  # the first kernel only wakes the profiler
+    return sorted((e.time_range.start / 1e3, e.time_range.end / 1e3) for e in busy)
 
 
 def busy_and_idle(timeline: list[tuple[float, float]]) -> tuple[float, float]:

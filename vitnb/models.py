@@ -58,9 +58,8 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
     labels = dict(enumerate(class_names))
     options = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "ignore_mismatched_sizes": True}
     base, on = find_base(study), device()
-    if (
-        on.type == "cuda"
-    ):  # by its number: the threads in which transformers loads know only the first GPU, whichever is set
+    # By its number: the threads in which transformers loads know only the first GPU, whichever is set.
+    if on.type == "cuda":
         on = torch.device("cuda", torch.cuda.current_device())
     model = checkpoints.read(base, dtype=torch.float32, **options)
     if weights != "fp32":
@@ -97,13 +96,18 @@ class Loaded:
     resident_bytes: int
     engine: engines.Engine
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of the memory that NF4 weights are unpacked into by the fused engine; 0 for the other engines."""
+        return getattr(self.model, "scratch_bytes", 0)
+
     def found(self) -> dict[str, object]:
         """What a record keeps of a loaded variant."""
         return {
             "parameters": self.parameters, "dtype": str(self.dtype).removeprefix("torch."), "attention_launched": self.launched,
             "linears_quantized": self.linears_quantized, "linears_kept": self.linears_kept,
             "device": self.device.type, "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
-            "scratch_bytes": getattr(self.model, "scratch_bytes", 0), **self.engine.found(),
+            "scratch_bytes": self.scratch_bytes, **self.engine.found(),
             "checkpoint_sha256": checkpoints.fingerprint(self.folder),
         }  # fmt: skip
 

@@ -68,8 +68,8 @@ class Held:
 
     def found(self) -> dict[str, object]:
         """What a record keeps of the model; after the turns, as an engine may fall back in them."""
-        every = self.loaded.engine.found() | {"resident_bytes": self.loaded.resident_bytes}
-        return every | {"scratch_bytes": getattr(self.loaded.model, "scratch_bytes", 0)}
+        sizes = {"resident_bytes": self.loaded.resident_bytes, "scratch_bytes": self.loaded.scratch_bytes}
+        return self.loaded.engine.found() | sizes
 
 
 def measure(study: studies.Study, on: torch.device) -> dict:

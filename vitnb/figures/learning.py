@@ -8,25 +8,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 
+def _curves(history: list[dict], x: str, top1: str, label: str, size: tuple[float, float]) -> Figure:
+    """Training loss, and beside it a top-1, as they went."""
+    curve = pd.DataFrame(history)
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
+    for axis, y, name in zip(axes, ("loss", top1), ("training loss", label), strict=True):
+        sns.lineplot(curve, x=x, y=y, marker="o", ax=axis)
+        axis.set(ylabel=name)
+    return figure
+
+
 def learning_curve(history: list[dict]) -> Figure:
     """Training loss and validation top-1 by epoch."""
-    curve = pd.DataFrame(history)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, y, label in zip(axes, ("loss", "valid_top1"), ("training loss", "validation top-1"), strict=True):
-        sns.lineplot(curve, x="epoch", y=y, marker="o", ax=axis)
-        axis.set(ylabel=label)
+    figure = _curves(history, "epoch", "valid_top1", "validation top-1", (9, 3.2))
+    for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
 def pretraining_curve(history: list[dict]) -> Figure:
     """Training loss and top-1 on fresh drawings of a base by step."""
-    curve = pd.DataFrame(history)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    for axis, y, label in zip(axes, ("loss", "held_out_top1"), ("training loss", "held-out top-1"), strict=True):
-        sns.lineplot(curve, x="step", y=y, marker="o", ax=axis)
-        axis.set(ylabel=label)
-    return figure
+    return _curves(history, "step", "held_out_top1", "held-out top-1", (7, 2.6))
 
 
 def confusion(counts: np.ndarray) -> Figure:
