@@ -1,6 +1,7 @@
 # Which notebook runs after which, for which variant. `python -m vitnb study NAME` starts it.
 #
-# Every job takes all cores: a job that measures time never shares the machine with another.
+# Every job takes all cores: a job that measures time never shares the machine with another. Priorities: what is compared comes
+# first, so that a run that is cut short has the main part.
 from vitnb import studies
 
 study = studies.load(config.get("study", "embedded"))
@@ -59,6 +60,7 @@ rule evaluate:
         records / "finetune.json",
     output:
         records / "evaluate-{variant}.json",
+    priority: 50
     threads: workflow.cores
     shell:
         "{sys.executable} -m vitnb run evaluate -p study {asked} -p variant {wildcards.variant} --allow-failed"
@@ -72,6 +74,7 @@ rule compare:
     output:
         records / "compare.json",
         study.outputs / "ratios.csv",
+    priority: 40
     threads: workflow.cores
     shell:
         "{sys.executable} -m vitnb compare {asked}"
@@ -86,6 +89,7 @@ if study.waterfall:
         output:
             records / "waterfall.json",
             study.outputs / "waterfall.csv",
+        priority: 30
         threads: workflow.cores
         shell:
             "{sys.executable} -m vitnb waterfall {asked}"
@@ -98,6 +102,7 @@ rule ablate:
     output:
         records / "ablate.json",
         study.outputs / "ablation.csv",
+    priority: 20
     threads: workflow.cores
     shell:
         "{sys.executable} -m vitnb run ablate -p study {asked}"
@@ -110,6 +115,7 @@ rule infer:
     output:
         records / "infer.json",
         study.outputs / "predictions.csv",
+    priority: 10
     threads: workflow.cores
     shell:
         "{sys.executable} -m vitnb run infer -p study {asked} -p variant {study.infer_variant}"

@@ -1,5 +1,6 @@
 """Taking turns: worker processes, rounds, and ratios of times that are known."""
 
+import math
 import os
 import signal
 import time
@@ -275,6 +276,7 @@ def test_speed_in_words():
     assert advice.speed(line("nf4-sdpa", 1.003, 1.002, 1.004)).startswith("no difference beyond noise")
     assert advice.speed(line("nf4-sdpa", 1.05, 0.99, 1.2)) == "no difference beyond noise (0.83 to 1.01)"
     assert advice.speed(line("fp32-sdpa", 1, 1, 1)) == "the baseline"
+    assert advice.speed(line("nf4-sdpa", 1.0, 0.0, math.inf)) == "too few rounds to tell"
 
 
 def rows(**by_variant) -> pd.DataFrame:

@@ -159,3 +159,8 @@ def test_the_fresh_head_is_the_same_in_every_precision(mini):
         torch.manual_seed(3)
         heads.append(models.load_base(mini, ["a", "b", "c"], weights).classifier.weight.detach().clone())
     assert torch.equal(*heads) and heads[0].shape == (3, 64)
+
+
+def test_the_base_of_another_study_is_asked_for_by_the_command_that_makes_it():
+    with pytest.raises(UserError, match="python -m vitnb pretrain nowhere"):
+        models.find_base(studies.Study("one", "t", "q", "garden", base="outputs/nowhere/base"))

@@ -316,7 +316,7 @@ def test_on_a_gpu_it_compiles_and_stays_finite(capsys):
 def planned(path: Path) -> set[str]:
     """The jobs that `vitnb study` would run."""
     words = [sys.executable, "-m", "vitnb", "study", str(path), "--dry-run"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     done = subprocess.run(words, env=env, cwd=path.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line.split()[0] for line in done.stdout.splitlines() if re.fullmatch(r"\w+ +\d+", line)} - {"total"}

@@ -53,6 +53,8 @@ def speed(row) -> str:
     """A ratio of times in words, for instance ``1.31x faster (1.28 to 1.35)``."""
     if row.variant == variants.BASELINE:
         return "the baseline"
+    if not row.low:
+        return "too few rounds to tell"
     if not intervals.differ(row.low, row.high):
         return f"no difference beyond noise ({1 / row.high:.2f} to {1 / row.low:.2f})"
     if row.ratio < 1:

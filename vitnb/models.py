@@ -42,6 +42,10 @@ def find_base(study: studies.Study) -> str:
     folder = studies.ROOT / study.base
     if folder.is_dir():
         return str(checkpoints.safe(folder))
+    if study.base.startswith("outputs/"):  # what another study has pretrained
+        raise UserError(
+            f"no base model at {folder}: make it with 'python -m vitnb pretrain {Path(study.base).parts[1]}'"
+        )
     if study.base.startswith((".", "/", "data/")):
         raise UserError(f"no base model at {folder}: restore it with 'git checkout {study.base}'")
     return study.base
