@@ -78,6 +78,12 @@ def test_float8_rows_beside_the_reference(kernels, name):
     assert scale.shape == (37, 1) and found.float().abs().amax(1).min() > 440
 
 
+def test_float8_of_rows_that_lie_apart(kernels):
+    x = random(37, 3, 256)[:, 0]
+    (found, scale), (wanted, known) = kernels.quantize_rows(x), kernels.quantize_rows(x.contiguous())
+    assert torch.equal(found.float(), wanted.float()) and torch.equal(scale, known)
+
+
 def answers(mini, names, size):
     pixels, found = None, {}
     for name in names:
