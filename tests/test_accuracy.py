@@ -93,3 +93,16 @@ def test_many_comparisons_make_the_same_difference_mean_less():
 
 def test_without_a_baseline_nothing_is_compared():
     assert accuracy.compared([record("nf4-sdpa", answers(3))], None).empty
+
+
+def test_engines_of_one_variant_beside_each_other():
+    """Made by hand: logits up to 6 lie 1/32 apart in bfloat16; two images change their first class, one of them a tie."""
+    eager = torch.tensor([[6.0, 0.0], [1.0, 0.75], [0.5, 0.5], [0.0, 3.0]])
+    fused = torch.tensor([[5.875, 0.0], [0.75, 0.8], [0.5, 0.625], [0.0, 3.0]])
+    found = {"bf16-sdpa": eager, "bf16-sdpa-fused": fused, "nf4-sdpa-fused": fused, "fp32-sdpa": eager}
+    (row,) = accuracy.engines(found)
+    assert (row["a"], row["b"], row["images"]) == ("bf16-sdpa", "bf16-sdpa-fused", 4)
+    assert (row["largest"], row["spacing"], row["changed"], row["gap"]) == (0.25, 1 / 32, 2, 0.25)
+    assert accuracy.engines({"fp32-sdpa": eager, "fp32-sdpa-graph": eager})[0] == {
+        "a": "fp32-sdpa", "b": "fp32-sdpa-graph", "images": 4, "largest": 0.0, "spacing": 0.0, "changed": 0, "gap": 0.0,
+    }  # fmt: skip

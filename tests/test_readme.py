@@ -10,20 +10,22 @@ import pandas as pd
 import pytest
 import yaml
 
-from vitnb import ablate, accuracy, claims, compare, intervals, summary
+from vitnb import ablate, accuracy, claims, compare, intervals, summary, waterfall
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "outputs" / "published" / "embedded"
 INSTRUMENT = ROOT / "outputs" / "published" / "instrument"
+ON_GPU = ROOT / "outputs" / "published" / "vit-l16-garden"
+QLORA = ROOT / "outputs" / "published" / "vit-l16-qlora"
 README = (ROOT / "README.md").read_text()
 
 
-def record(name: str) -> dict:
-    return json.loads((PUBLISHED / "records" / f"{name}.json").read_text())
+def record(name: str, folder: Path = PUBLISHED) -> dict:
+    return json.loads((folder / "records" / f"{name}.json").read_text())
 
 
-def evaluated() -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted((PUBLISHED / "records").glob("evaluate-*.json"))]
+def evaluated(folder: Path = PUBLISHED) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "records").glob("evaluate-*.json"))]
 
 
 def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
@@ -41,31 +43,37 @@ def reread(file) -> pd.DataFrame:
     return pd.read_csv(file, keep_default_na=False, na_values=[""])
 
 
-def published(name: str) -> pd.DataFrame:
-    return reread(PUBLISHED / name)
+def published(name: str, folder: Path = PUBLISHED) -> pd.DataFrame:
+    return reread(folder / name)
 
 
-def tables() -> dict[str, pd.DataFrame]:
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
     """The published tables again, from the published records alone."""
-    turns, ablated = record("compare"), record("ablate")
-    rows = [row for found in evaluated() for row in summary.rows(found, record("finetune"))]
-    order = [(a.variant, a.batch_size) for a in published("summary.csv").itertuples()]
+    names = {path.stem for path in (folder / "records").iterdir()}
+    turns, ablated = record("compare", folder) if "compare" in names else None, record("ablate", folder)
+    rows = [row for found in evaluated(folder) for row in summary.rows(found, record("finetune", folder))]
+    order = [(a.variant, a.batch_size) for a in published("summary.csv", folder).itertuples()]
     rows.sort(key=lambda row: order.index((row["variant"], row["batch_size"])))
-    table, every = pd.DataFrame(rows, columns=summary.COLUMNS), compare.ratios(turns)
-    answers = accuracy.compared(evaluated(), turns)
-    return {
-        "summary.csv": table, "ratios.csv": every, "times.csv": compare.times(turns), "accuracy.csv": answers,
-        "ablation.csv": ablate.table(ablated["rows"]),
-        "claims.csv": claims.verdicts(claims.measured(table, every, answers, ablated)),
+    table, every = pd.DataFrame(rows, columns=summary.COLUMNS), pd.DataFrame(columns=compare.RATIO_COLUMNS)
+    found = {"summary.csv": table, "ablation.csv": ablate.table(ablated["rows"])}
+    if turns:
+        every = compare.ratios(turns)
+        found |= {"ratios.csv": every, "times.csv": compare.times(turns)}
+    if "waterfall" in names:
+        found["waterfall.csv"] = waterfall.table(record("waterfall", folder))
+    answers = accuracy.compared(evaluated(folder), turns)
+    return found | {
+        "accuracy.csv": answers, "claims.csv": claims.verdicts(claims.measured(table, every, answers, ablated)),
     }  # fmt: skip
 
 
-def test_the_published_tables_follow_from_the_published_records():
-    found = tables()
-    assert {path.name for path in PUBLISHED.glob("*.csv")} == set(found)
+@pytest.mark.parametrize(("folder", "rows"), [(PUBLISHED, 14), (ON_GPU, 32)], ids=["embedded", "vit-l16-garden"])
+def test_the_published_tables_follow_from_the_published_records(folder, rows):
+    found = tables(folder)
+    assert {path.name for path in folder.glob("*.csv")} == set(found)
     for name, table in found.items():
-        same(published(name), reread(io.StringIO(table.to_csv(index=False))))
-    assert len(found["summary.csv"]) == 14 and set(found["summary.csv"].status) == {"ok"}
+        same(published(name, folder), reread(io.StringIO(table.to_csv(index=False))))
+    assert len(found["summary.csv"]) == rows and set(found["summary.csv"].status) == {"ok"}
 
 
 def test_every_published_record_says_where_it_comes_from():
@@ -77,8 +85,19 @@ def test_every_published_record_says_where_it_comes_from():
         assert found["machine"]["cpu"] and found["versions"]["torch"] and found["study_asked"]["name"] == "embedded"
 
 
+def test_the_records_of_the_gpu_are_of_one_code_and_one_kind_of_gpu():
+    codes = set()
+    for folder in (ON_GPU, QLORA):
+        for path in (folder / "records").iterdir():
+            found = record(path.stem, folder)
+            assert found["machine"]["gpu"] == "NVIDIA H200" and found["study_asked"]["name"] == folder.name
+            codes.add(found["machine"]["code_sha256"])
+    assert len(codes) == 1
+
+
 def test_the_table_in_the_readme_is_the_published_one():
-    lines = [line for line in README.splitlines() if re.match(r"\| `\w+-\w+` \|", line)]
+    section = README.partition("## What comes out")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if re.match(r"\| `\w+-\w+` \|", line)]
     table, ratios = published("summary.csv"), compare.against(published("ratios.csv"))
     assert len(lines) == len(set(table.variant))
     sizes = sorted(set(table.batch_size))
@@ -91,6 +110,39 @@ def test_the_table_in_the_readme_is_the_published_one():
         wanted = [f"{r.ratio:.2f} ({r.low:.2f} to {r.high:.2f})" for r in (beside.loc[size] for size in sizes)]
         assert cells[2:] == (["1", "1"] if name == "fp32-sdpa" else wanted)
         assert (disk, resident) == (f"{first.disk_mb:.2f}", f"{first.resident_mb:.2f}")
+
+
+def test_the_gpu_table_in_the_readme_is_the_published_one():
+    table = published("summary.csv", ON_GPU)
+    p50 = table.set_index(["variant", "batch_size"]).latency_p50_ms
+    lines = [line for line in README.splitlines() if re.match(r"\| `[\w-]+` \|.*\dx\)", line)]
+    assert [line.split("`")[1] for line in lines] == list(table.variant.unique())
+    for line in lines:
+        name, top1, kernel, *cells, memory = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        first = table[table.variant == name].iloc[0]
+        assert (top1, kernel) == (f"{first.top1:.3f}", first.attention_ran)
+        times = [(p50[name, size], p50["fp32-sdpa", size] / p50[name, size]) for size in (1, 8, 32, 128)]
+        assert cells == [f"{ms:.2f} ({faster:.1f}x)" for ms, faster in times]
+        assert memory == f"{first.resident_mb:.1f}" + f" + {first.scratch_mb:.0f}" * bool(first.scratch_mb)
+
+
+def test_what_the_readme_says_of_the_gpu():
+    table, steps = published("summary.csv", ON_GPU), published("waterfall.csv", ON_GPU)
+    p50 = table.set_index(["variant", "batch_size"]).latency_p50_ms
+    over = {size: p50["nf4-sdpa-fused", size] / p50["bf16-sdpa-fused", size] for size in (1, 128)}
+    assert f"by {100 * (over[1] - 1):.0f}% for one image" in README and 0 < over[128] - 1 < 0.01
+    graph = steps[(steps.variant == "nf4-sdpa-graph") & (steps.batch_size == 1)]
+    assert f"CUDA graphs alone give {graph.gain.item():.0f}x" in README
+    verdicts = published("accuracy.csv", ON_GPU).verdict
+    assert set(verdicts) == {"the baseline", "no difference beyond noise"}
+    lora, qlora = record("finetune", ON_GPU), record("finetune", QLORA)
+    assert (lora["base_precision"], qlora["base_precision"]) == ("fp32", "nf4")
+    top1 = [accuracy.scores(record("evaluate-fp32-sdpa", folder)["predictions"])["top1"] for folder in (QLORA, ON_GPU)]
+    seconds, peaks = ([found["training"][key] for found in (qlora, lora)] for key in ("seconds", "peak_bytes"))
+    assert (
+        f"top-1 {top1[0]:.3f} against LoRA's {top1[1]:.3f}, in {seconds[0]:.0f} s instead of {seconds[1]:.0f} s, "
+        f"with {peaks[0] / 2**30:.1f} GiB instead of {peaks[1] / 2**30:.1f} GiB"
+    ) in README
 
 
 def test_single_numbers_in_the_readme():
@@ -122,7 +174,9 @@ def test_times_on_a_gpu_beside_tritons():
             assert found == pytest.approx(np.exp(np.log(times[of] / times[over]).median()), rel=1e-9)
     off, itself = abs(table.over_do_bench - 1), abs(table.do_bench_over_itself - 1)
     (worst,) = table[off > 0.01].itertuples()
-    assert len(table) == 14 and f"within 1% in {(off <= 0.01).sum()} of 14 rows, and {100 * off.max():.1f}% off" in README
+    assert (
+        len(table) == 14 and f"within 1% in {(off <= 0.01).sum()} of 14 rows, and {100 * off.max():.1f}% off" in README
+    )
     assert f"within 1% in {(itself <= 0.01).sum()} of 14 rows, and {100 * itself.max():.1f}% off" in README
     assert worst.low < 1 < worst.high
     busy = table.idle_share < 0.02

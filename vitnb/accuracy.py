@@ -75,16 +75,48 @@ def confusion(predictions: dict[str, list], classes: int) -> np.ndarray:
     return confusion_matrix(predictions["labels"], predicted, labels=range(classes))
 
 
-def answers(study: studies.Study) -> dict[str, dict]:
-    """How the answers of each variant on the test images differ from the baseline's: {variant: {kl_by_image, ...}}."""
-    found = {}
-    for record in records.load(study):
-        if record["notebook"] == "evaluate" and record["status"] == "ok" and not record["asked"].get("batch_size"):
-            found[record["asked"]["variant"]] = torch.from_numpy(np.load(study.outputs / record["logits"]))
+def kept_logits(study: studies.Study) -> dict[str, torch.Tensor]:
+    """The logits of every variant on the test images as evaluate kept them, float32 [images, classes]."""
+    return {
+        record["asked"]["variant"]: torch.from_numpy(np.load(study.outputs / record["logits"]))
+        for record in records.load(study)
+        if record["notebook"] == "evaluate" and record["status"] == "ok" and not record["asked"].get("batch_size")
+    }
+
+
+def answers(found: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """How the answers of each variant differ from the baseline's, by logits [images, classes]: {variant: {kl_by_image}}."""
     if variants.BASELINE not in found:
         return {}
     reference = found[variants.BASELINE]
     return {name: {"kl_by_image": six_digits(kl(reference, logits))} for name, logits in found.items()}
+
+
+def engines(found: dict[str, torch.Tensor]) -> list[dict]:
+    """Whether the engines of one variant give the same answers, by logits [images, classes]: a row for each beside eager.
+
+    Returns:
+        a, b: the eager variant and the other; images; largest: the largest absolute difference of a logit; spacing: how far
+        two 16-bit numbers lie apart where the largest logits are (0 for fp32), as nothing in 16 bits can agree better;
+        changed: images with another first class; gap: the largest lead of a's first class over b's among these, 0 if none.
+    """
+    rows = []
+    for name in (name for name in variants.REGISTRY if name in found):
+        of = variants.get(name)
+        plain = f"{of.weights}-{of.attention}"
+        if name == plain or plain not in found:
+            continue
+        a, b = found[plain].double(), found[name].double()
+        first, other = a.argmax(-1, keepdim=True), b.argmax(-1, keepdim=True)
+        lead = (a.gather(-1, first) - a.gather(-1, other))[first != other]
+        largest = a.abs().max().to(torch.bfloat16)
+        above = torch.nextafter(largest, torch.full_like(largest, torch.inf))
+        rows.append({
+            "a": plain, "b": name, "images": len(a), "largest": (a - b).abs().max().item(),
+            "spacing": 0.0 if of.weights == "fp32" else (above - largest).item(),
+            "changed": len(lead), "gap": lead.max().item() if len(lead) else 0.0,
+        })  # fmt: skip
+    return rows
 
 
 COMPARED = [

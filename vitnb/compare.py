@@ -147,7 +147,8 @@ def run(study: studies.Study, device: str | None = None) -> Path:
             )
     started = records.start("compare", study.typed, variants=study.variants, peers=study.peers, device=device)
     found = measure(study, device)
-    record = started.save(**found, answers=accuracy.answers(study))
+    logits = accuracy.kept_logits(study)
+    record = started.save(**found, answers=accuracy.answers(logits), engines=accuracy.engines(logits))
     for name, table in (("ratios", ratios(record)), ("times", times(record))):
         records.write_whole(study.outputs / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
     return study.outputs / "ratios.csv"

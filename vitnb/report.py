@@ -94,6 +94,17 @@ def answered(compared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def agreed(turns: dict | None) -> pd.DataFrame:
+    """How far the engines of one variant agree (``accuracy.engines``), as people read it."""
+    return pd.DataFrame(
+        {
+            "variant": row["a"], "other engine": row["b"], "images": row["images"], "largest difference": f"{row['largest']:.4f}",
+            "spacing": f"{row['spacing']:.4f}", "another first class": row["changed"], "lead": f"{row['gap']:.4f}",
+        }
+        for row in (turns or {}).get("engines", [])
+    )  # fmt: skip
+
+
 def raced(ratios: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
     """Every variant's and peer's p50 and its time over the baseline's, taken in the same turns, as people read them."""
     taken = times.set_index(["variant", "batch_size"])
@@ -163,7 +174,7 @@ def write(study: studies.Study) -> Path:
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
         advice=pd.DataFrame(advice.recommendation(table, ratios, answers)), same_kernel=advice.not_comparable(table),
-        raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
+        raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), agreed=agreed(turns), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
         keep=keep, based=based, fallen=fallen, techniques=ladders.TOLD,

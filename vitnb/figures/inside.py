@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from vitnb import kernels, taxonomy, variants
 from vitnb.figures.style import PALETTE
@@ -44,7 +45,7 @@ def parts_and_classes(trace: dict) -> Figure:
 
 
 def kernel_classes(records: list[dict]) -> Figure:
-    """Stacked bars of kernel classes by variant, and below each the same as a heat map of shares. One column a batch size."""
+    """Stacked bars of kernel classes by variant, and beside each the same as a heat map of shares. One row a batch size."""
     rows = [
         {"variant": record["asked"]["variant"], "batch": trace["batch_size"]} | kernels.by_class(trace)
         for record in records if record["status"] == "ok" for trace in record["traces"]
@@ -52,13 +53,24 @@ def kernel_classes(records: list[dict]) -> Figure:
     table = pd.DataFrame(rows).drop_duplicates(["variant", "batch"], keep="last")
     table = table.sort_values("variant", key=lambda names: names.map(list(variants.REGISTRY).index))
     sizes = sorted(table.batch.unique())
-    figure, axes = plt.subplots(2, len(sizes), figsize=(6.6 * len(sizes), 6.6), squeeze=False, layout="constrained")
-    for column, size in zip(axes.T, sizes, strict=True):
+    figure, axes = plt.subplots(len(sizes), 2, figsize=(13.2, 3.3 * len(sizes)), squeeze=False, layout="constrained")
+    for (bars, heat), size in zip(axes, sizes, strict=True):
         shown = table[table.batch == size].set_index("variant")[list(taxonomy.CLASSES)]
-        _stacked(column[0], shown)
-        column[0].set(title=f"Classes of kernels, batch {size}", xlabel="ms in one profiled forward", ylabel="")
+        _stacked(bars, shown)
+        bars.set(title=f"Classes of kernels, batch {size}", xlabel="ms in one profiled forward", ylabel="")
         shares = 100 * shown.div(shown.sum(axis=1), axis=0)
-        sns.heatmap(shares, annot=True, fmt=".0f", cmap="mako_r", vmin=0, vmax=100, cbar=False, ax=column[1])
-        column[1].set(title="the same, % of each variant's time", ylabel="")
-    axes[0, -1].legend(bbox_to_anchor=(1.01, 1), fontsize=8)
+        sns.heatmap(
+            shares,
+            annot=True,
+            fmt=".0f",
+            cmap="mako_r",
+            vmin=0,
+            vmax=100,
+            cbar=False,
+            ax=heat,
+            xticklabels=bool(size == sizes[-1]),
+        )
+        heat.set(title="the same, % of each variant's time", ylabel="", yticklabels=[])
+    names = [Patch(color=CLASS_COLOURS[name], label=name) for name in taxonomy.CLASSES]
+    figure.legend(handles=names, loc="outside lower center", ncols=len(names), fontsize=9)
     return figure

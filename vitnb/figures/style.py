@@ -1,6 +1,9 @@
-"""What all figures share: colours and markers of the variants, and seaborn's theme."""
+"""What all figures share: colours and markers of the variants, seaborn's theme, and how panels stand."""
 
+import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
+from matplotlib.figure import Figure
 
 from vitnb import variants
 
@@ -15,3 +18,14 @@ MARKERS = {"sdpa": "o", "fa2": "^", "math": "s", "eager": "X", "mem-efficient": 
 sns.set_theme(
     style="whitegrid", context="notebook", rc={"figure.dpi": 90, "savefig.bbox": "tight", "axes.titleweight": "bold"}
 )
+
+
+def panels(count: int, width: float = 5.6, height: float = 4.0) -> tuple[Figure, np.ndarray]:
+    """A figure of ``count`` panels, two beside each other, and their axes [count]; sides in inches."""
+    rows, columns = -(-count // 2), min(count, 2)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for spare in axes.flat[count:]:
+        spare.remove()
+    return figure, axes.flat[:count]

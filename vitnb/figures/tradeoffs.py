@@ -1,6 +1,5 @@
 """Accuracy, time, size and memory of the variants against each other."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -8,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from vitnb import latency, variants
 from vitnb import summary as summaries
-from vitnb.figures.style import MARKERS, PALETTE
+from vitnb.figures.style import MARKERS, PALETTE, panels
 
 
 def _scatter(
@@ -19,8 +18,8 @@ def _scatter(
     ``ends``: columns of the interval of x. One panel a batch size.
     """
     sizes = sorted(points.batch_size.unique())
-    figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
-    for axis, size in zip(axes[0], sizes, strict=True):
+    figure, axes = panels(len(sizes))
+    for axis, size in zip(axes, sizes, strict=True):
         panel = points[points.batch_size == size]
         spread = {"yerr": (panel[y] - panel.top1_low, panel.top1_high - panel[y])}
         if ends:
@@ -91,8 +90,8 @@ def size_memory(summary: pd.DataFrame) -> Figure:
     parts = {"disk_mb": "on disk", "resident_mb": "resident", "peak_mb": "peak"}
     long = _measured(summary).melt(["variant", "batch_size"], list(parts), "what", "MB").replace({"what": parts})
     sizes = sorted(long.batch_size.unique())
-    figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
-    for axis, size in zip(axes[0], sizes, strict=True):
+    figure, axes = panels(len(sizes))
+    for axis, size in zip(axes, sizes, strict=True):
         sns.barplot(long[long.batch_size == size], y="variant", x="MB", hue="what", palette="crest", ax=axis)
         axis.set(title=f"Size and memory, batch {size}", ylabel="")
         axis.legend(title="")
@@ -107,8 +106,8 @@ def latency_distribution(records: list[dict]) -> Figure:
     )  # fmt: skip
     long = long.assign(order=long.variant.map(list(variants.REGISTRY).index)).sort_values("order")
     sizes = sorted(long.batch.unique())
-    figure, axes = plt.subplots(1, len(sizes), figsize=(5.6 * len(sizes), 4), squeeze=False, layout="constrained")
-    for axis, size in zip(axes[0], sizes, strict=True):
+    figure, axes = panels(len(sizes))
+    for axis, size in zip(axes, sizes, strict=True):
         sns.boxplot(
             long[long.batch == size],
             y="variant",
