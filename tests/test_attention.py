@@ -20,21 +20,38 @@ def qkv() -> list[torch.Tensor]:
     return [torch.randn(2, 3, 17, 64) for _ in range(3)]
 
 
-def formula(query, key, value, scale) -> torch.Tensor:
-    """softmax(q k^T scale) v in float64, as [batch, tokens, heads, head]."""
-    weights = (query.double() @ key.double().transpose(-1, -2) * scale).softmax(-1)
+def formula(query, key, value, scale, bias=0.0) -> torch.Tensor:
+    """softmax(q k^T scale + bias) v in float64, as [batch, tokens, heads, head]."""
+    weights = (query.double() @ key.double().transpose(-1, -2) * scale + bias).softmax(-1)
     return (weights @ value.double()).transpose(1, 2)
 
 
 @pytest.mark.parametrize("launched", ["sdpa", "math", "torch-flash"])
 @pytest.mark.parametrize("scale", [1 / 8, 0.3])
 def test_attention_is_the_formula_whatever_mask_is_given(qkv, launched, scale):
-    mask = torch.full((2, 1, 17, 17), -math.inf)
-    mask[..., 0] = 0  # would let every token see the first one alone
+    mask = torch.zeros(2, 1, 17, 17, dtype=torch.bool)
+    mask[..., 0] = True  # would let every token see the first one alone
     with attention.forced(launched):
         out, weights = attention._sdpa(None, *qkv, attention_mask=mask, scaling=scale)
     torch.testing.assert_close(out.double(), formula(*qkv, scale), atol=1e-5, rtol=1e-5)
     assert weights is None and out.shape == (2, 17, 3, 64)
+
+
+@pytest.mark.parametrize("function", [attention._sdpa, attention._eager])
+def test_what_a_model_adds_to_its_scores_stays(qkv, function):
+    """As Swin and BEiT do; their bias may be of another floating-point type than the scores."""
+    bias = torch.randn(1, 3, 17, 17, dtype=torch.float64)
+    found, _ = function(None, *qkv, attention_mask=bias.float(), scaling=0.3)
+    torch.testing.assert_close(found.double(), formula(*qkv, 0.3, bias), atol=1e-5, rtol=1e-5)
+    with attention.forced("math"):
+        half, _ = function(None, *(t.bfloat16() for t in qkv), attention_mask=bias.float(), scaling=0.3)
+    torch.testing.assert_close(half.double(), formula(*qkv, 0.3, bias), atol=0.05, rtol=0.05)
+
+
+def test_flash_attn_refuses_what_it_cannot_add(qkv, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=None))
+    with pytest.raises(VariantError, match="flash-attn has no place for the bias"):
+        attention._flash_attn(None, *qkv, attention_mask=torch.zeros(1, 3, 17, 17))
 
 
 @pytest.mark.parametrize(("launched", "kernel"), [("math", "math"), ("torch-flash", "flash-cpu")])
@@ -107,7 +124,7 @@ def test_no_mask_reaches_the_kernel(mini, monkeypatch, name):
 
 
 def test_eager_attention_is_the_formula_and_ignores_a_mask(qkv, mini):
-    found = attention.FUNCTIONS["vitnb-eager"](None, *qkv, torch.full((17, 17), -1e9), scaling=0.3)[0]
+    found = attention.FUNCTIONS["vitnb-eager"](None, *qkv, torch.zeros(17, 17, dtype=torch.bool), scaling=0.3)[0]
     torch.testing.assert_close(found.double(), formula(*qkv, 0.3), atol=1e-5, rtol=1e-5)
     loaded = models.load(mini, variants.get("fp32-eager"))
     traced = kernels.trace(loaded, data.first_batch(data.split(mini, "test"), loaded.processor, 2))

@@ -4,7 +4,9 @@ The names: ``sdpa`` (PyTorch chooses), ``eager`` (two products and a softmax, as
 one by one, ``math``, ``mem-efficient``, ``flash`` and ``cudnn``, and ``fa2`` (FlashAttention-2, arXiv:2307.08691).
 
 A ViT attends from every token to every token: it has no mask. transformers still builds one in some situations, and a
-mask, even an all-true one, shuts the flash kernels out. The functions registered here never see a mask.
+mask, even an all-true one, shuts the flash kernels out. The functions registered here never see a mask. What some models
+add to their scores (Swin, BEiT: a bias by relative position, shifted windows) comes to them in the mask's place, as numbers;
+it is part of the model, and stays.
 """
 
 import re
@@ -59,9 +61,16 @@ BACKENDS = {
 NAMES = ("sdpa", "eager", "math", "mem-efficient", "flash", "cudnn", "fa2")
 
 
+def _bias(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """What is added to the scores; None for a mask of true and false, which has nothing to hide in a ViT."""
+    return None if attention_mask is None or attention_mask.dtype == torch.bool else attention_mask
+
+
 def _sdpa(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """[batch, heads, tokens, head] each -> [batch, tokens, heads, head]; the mask is ignored."""
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+    """[batch, heads, tokens, head] each -> [batch, tokens, heads, head]."""
+    bias = _bias(attention_mask)
+    bias = bias if bias is None else bias.to(query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -69,7 +78,9 @@ def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     """The same in single steps: all scores of all tokens stand in memory. The softmax is taken in float32."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.profiler.record_function("vitnb_eager_attention"):  # so that a trace tells whose products these are
-        shares = torch.softmax((query @ key.transpose(-1, -2)) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
+        scores, bias = (query @ key.transpose(-1, -2)) * scaling, _bias(attention_mask)
+        scores = scores if bias is None else scores + bias
+        shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         shares = torch.nn.functional.dropout(shares, dropout, training=dropout > 0)
         return (shares @ value).transpose(1, 2).contiguous(), None
 
@@ -78,6 +89,10 @@ def _flash_attn(module, query, key, value, attention_mask, scaling=None, dropout
     """The same through the flash-attn package, which wants [batch, tokens, heads, head]."""
     from flash_attn import flash_attn_func
 
+    if _bias(attention_mask) is not None:
+        raise VariantError(
+            "flash-attn has no place for the bias that this model adds to its scores: use an sdpa variant"
+        )
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scaling), None
 

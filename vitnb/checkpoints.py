@@ -34,6 +34,13 @@ def processor(source: str | Path):
         raise UserError(f"{source} has no preprocessing (preprocessor_config.json): {one_line(error)}") from None
 
 
+def sides(processor) -> tuple[int, int]:
+    """Height and width in pixels of what an image processor gives: its centre crop if it makes one, else its size."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    edge = size.get("shortest_edge")
+    return (size.get("height", edge), size.get("width", edge))
+
+
 def read(source: str | Path, **options) -> nn.Module:
     """``from_pretrained`` of an image classifier, without pickles and without remote code; UserError, in one line, if it fails."""
     try:
@@ -44,14 +51,21 @@ def read(source: str | Path, **options) -> nn.Module:
         raise UserError(f"cannot load {source}: {one_line(error)}") from None
 
 
-def misfits(found: dict) -> str:
-    """What transformers' loading info says that is missing, left over or of another shape, in words; nothing if all fits."""
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
-            first = min(
-                f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k for k in found[kind]
-            )
-            return f"config and weights do not fit: {len(found[kind])} {kind.replace('_', ' ')}, such as {first}"
+def misfits(found: dict, fresh: tuple[str, ...] | None = None) -> str:
+    """What transformers' loading info says that is missing, left over or of another shape, in words; nothing if all fits.
+
+    ``fresh``: parts of names that a base may lack, or have in another shape; it may hold more than is asked of it, too.
+    """
+    kinds = (
+        ("missing_keys", "unexpected_keys", "mismatched_keys") if fresh is None else ("missing_keys", "mismatched_keys")
+    )
+    for kind in kinds:
+        named = {
+            f"{k[0]}: {list(k[1])} and not {list(k[2])}" if isinstance(k, tuple) else k
+            for k in found[kind] if not any(part in (k[0] if isinstance(k, tuple) else k) for part in fresh or ())
+        }  # fmt: skip
+        if named:
+            return f"config and weights do not fit: {len(named)} {kind.replace('_', ' ')}, such as {min(named)}"
     return ""
 
 

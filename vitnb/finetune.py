@@ -59,6 +59,8 @@ def with_adapters(
     if rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
     model = models.load_base(study, class_names, base_precision)
+    if model.replaced_classes:
+        print(f"the base's head, for {model.replaced_classes} classes, is replaced by a new one for {len(class_names)}")
     head, chosen = quantize.head(model), targets(model, target)
     config = LoraConfig(
         r=rank,

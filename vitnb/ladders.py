@@ -44,7 +44,10 @@ class Step:
 
 
 def _fused(variant: str, names: list[str]) -> list[Step]:
-    return [Step("rearranged", variant, ()), *(Step(name, variant, tuple(names[: i + 1])) for i, name in enumerate(names))]
+    return [
+        Step("rearranged", variant, ()),
+        *(Step(name, variant, tuple(names[: i + 1])) for i, name in enumerate(names)),
+    ]
 
 
 FIRST = Step("fp32, operator by operator", variants.BASELINE)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitnb import attention, checkpoints, engines, fp8, quantize, studies
-from vitnb.errors import UserError, VariantError
+from vitnb.errors import UserError, VariantError, one_line
 from vitnb.fused.vit import FusedViT
 from vitnb.variants import Variant
 
@@ -52,10 +52,16 @@ def find_base(study: studies.Study) -> str:
 
 
 def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32") -> nn.Module:
-    """The base model with a fresh head for ``class_names``, in full precision or quantized for QLoRA.
+    """The base model with a head for ``class_names``, in full precision or quantized for QLoRA.
+
+    The head is the base's own if it has one for as many classes, else a fresh one; ``replaced_classes`` of the model says how
+    many classes a head had that was replaced, 0 if none was.
 
     Args:
         weights: ``fp32``, ``nf4`` or ``int8``.
+
+    Raises:
+        UserError: no base, or one whose weights or preprocessing do not fit its config.
     """
     if weights not in ("fp32", "nf4", "int8"):
         raise UserError(f"base_precision must be fp32, nf4 or int8, got '{weights}'")
@@ -65,11 +71,15 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
     # By its number: the threads in which transformers loads know only the first GPU, whichever is set.
     if on.type == "cuda":
         on = torch.device("cuda", torch.cuda.current_device())
-    model = checkpoints.read(base, dtype=torch.float32, **options)
+    model, found = checkpoints.read(base, dtype=torch.float32, output_loading_info=True, **options)
+    head = quantize.head(model)
+    if wrong := checkpoints.misfits(found, fresh=(head, "pooler")):
+        raise UserError(f"{base}: {wrong}: take a checkpoint that transformers has saved")
+    _check_size(model, base)
+    replaced = max((key[1][0] for key in found["mismatched_keys"]), default=0)
     if weights != "fp32":
         # The head is the full-precision load's: every precision starts alike, and no loader (transformers 5.17 does)
         # leaves a head of the base's size on a quantized model.
-        head = quantize.head(model)
         fresh, settings = model.get_submodule(head), quantize.config(weights, quantize.keep(model), half(on))
         model = checkpoints.read(
             base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options
@@ -78,7 +88,21 @@ def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32
         quantize.check_counts(model, quantized=True)
         quantize.forbid_packing(model)
     model.set_attn_implementation("vitnb-sdpa")
+    model.replaced_classes = replaced
     return model.to(on)
+
+
+@torch.inference_mode()
+def _check_size(model: nn.Module, base: str) -> None:
+    """Raise UserError if the model does not take images of the size that its own preprocessing gives."""
+    height, width = checkpoints.sides(checkpoints.processor(base))
+    try:
+        model.eval()(pixel_values=torch.zeros(1, model.config.num_channels, height, width))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{base} does not take images of {height} x {width} pixels, which its preprocessing gives ({one_line(error)}): "
+            "mend its preprocessor_config.json"
+        ) from None
 
 
 @dataclass
@@ -170,6 +194,7 @@ def load(
     for module in model.modules():
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             module.compute_dtype = dtype
+    quantize.forbid_packing(model, only_uneven=True)
     if variant.checkpoint != "merged" and not getattr(model.config, "quantization_config", None):
         raise VariantError(
             f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.typed}'"

@@ -13,7 +13,9 @@ from transformers import BitsAndBytesConfig
 
 from vitnb.errors import UserError, VariantError
 from vitnb.fp8 import Fp8Linear
+from vitnb.fused.reference import NF4_BLOCK
 
+PACKED_ROWS = 32  # of a 4-bit weight that bitsandbytes packs together on a CPU
 OUTLIER_THRESHOLD = 6.0  # LLM.int8: columns of activations beyond it are multiplied in 16 bits
 QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, Fp8Linear)
 
@@ -124,13 +126,17 @@ def to_fp8(model: nn.Module) -> nn.Module:
     return model
 
 
-def forbid_packing(model: nn.Module) -> nn.Module:
+def forbid_packing(model: nn.Module, only_uneven: bool = False) -> nn.Module:
     """Turn off the repacking of 4-bit weights on CPUs with AVX512-BF16, for models that are trained or saved.
 
     The first evaluation forward repacks in place; after it training crashes and a save differs (bitsandbytes 0.50).
+    ``only_uneven``: only what cannot be packed, rows that are no whole number of blocks of 64 weights (as Swin-T's of 96), or
+    not 32 together.
     """
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, bnb.nn.Linear4bit) and (
+            not only_uneven or module.in_features % NF4_BLOCK or module.out_features % PACKED_ROWS
+        ):
             module.support_avx512bf16_for_cpu = False
     return model
 

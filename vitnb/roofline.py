@@ -11,20 +11,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from vitnb import latency
+from vitnb import checkpoints, latency
 from vitnb.models import Loaded
 
 
-def flops(config, batch_size: int) -> int:
+def flops(config, batch_size: int, sides: tuple[int, int] | None = None) -> int:
     """Floating-point operations of one forward: products of matrices, attention and convolution; 2 for a multiply-add.
 
-    Counted by PyTorch on a model without memory, so that quantized variants count what they stand for.
+    Counted by PyTorch on a model without memory, so that quantized variants count what they stand for. ``sides``: height
+    and width of the images in pixels; without them what the model was made for.
     """
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(plain, attn_implementation="eager").eval()
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-        pixels = torch.empty(batch_size, config.num_channels, *size)
+        model = AutoModelForImageClassification.from_config(
+            plain, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+        if sides is None:
+            sides = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        pixels = torch.empty(batch_size, config.num_channels, *sides)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixel_values=pixels)
     return counter.get_total_flops()
@@ -32,9 +36,9 @@ def flops(config, batch_size: int) -> int:
 
 def _best_seconds(run, on: torch.device, limit: float = 0.5) -> float:
     """The shortest of some runs: a ceiling is what the machine can do at its best."""
-    best, end = float("inf"), time.perf_counter() + limit
     run()
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + limit
+    while best == float("inf") or time.perf_counter() < end:
         if on.type == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -63,7 +67,8 @@ def measure(loaded: Loaded, batch_sizes: list[int]) -> dict[str, object]:
     What a fused forward leaves out is not counted as done.
     """
     left_out = getattr(loaded.model, "flops_left_out", lambda _: 0)
-    counted = {str(size): flops(loaded.model.config, size) - left_out(size) for size in batch_sizes}
+    sides = checkpoints.sides(loaded.processor)
+    counted = {str(size): flops(loaded.model.config, size, sides) - left_out(size) for size in batch_sizes}
     return peaks(loaded.device, loaded.dtype) | {"flops": counted}
 
 
