@@ -114,7 +114,8 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
                 failed[name] = one_line(error)
                 del workers[name]
                 tell(f"{name} failed: {failed[name]}")
-        tell(f"{len(workers)} variants and peers loaded")
+            else:
+                tell(f"{name} loaded")
         for size in study.batch_sizes:
             here: dict[str, str] = {}
             warmed = warm_up(workers, size, here)
