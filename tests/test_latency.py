@@ -98,6 +98,12 @@ def test_a_warm_up_that_never_settles_ends_and_says_so(fake):
     assert not warmed["stable"] and 5 <= warmed["seconds"] < 15
 
 
+def test_a_short_timing_has_a_short_warm_up(fake):
+    fake.takes = lambda n: 0.001 * 1.02**n
+    warmed = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=20, seconds=0.2))["warm_up"]
+    assert not warmed["stable"] and 1 <= warmed["seconds"] < 3
+
+
 def test_a_steady_forward_needs_three_windows(fake):
     fake.takes = lambda n: 0.5
     warmed = latency.measure(fake, torch.zeros(1, 3, 2, 2), studies.Latency(samples=20, seconds=1.0))["warm_up"]

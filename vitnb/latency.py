@@ -113,7 +113,7 @@ def measure(loaded: Loaded, pixels: torch.Tensor, budget: studies.Latency) -> di
     before = machine.state()
     with loaded.running() as model:
         first_ms = on_host(loaded, model, pixels)
-        limit = min(WARMUP_LIMIT_SECONDS, 4 * budget.seconds)  # a short timing is not worth a long warm-up
+        limit = min(WARMUP_LIMIT_SECONDS, 5 * budget.seconds)  # a short timing is not worth a long warm-up
         warmed = warm_up(lambda: on_host(loaded, model, pixels), limit)
         host, elapsed = _collect(
             lambda n: [on_host(loaded, model, pixels) for _ in range(n)], budget.samples, budget.seconds
