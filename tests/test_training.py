@@ -59,6 +59,28 @@ def always_class_2(mini, shapes):
     return model
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_label_smoothing_by_the_closed_form(mini, shapes, share):
+    """A head that gives every image the same logits, and hardly learns: as many labels of each class."""
+    train, valid, processor = shapes
+    budget = replace(mini.finetune, label_smoothing=share, learning_rate=1e-9, epochs=1)
+    (row,) = training.train(
+        always_class_2(mini, shapes), replace(mini, finetune=budget), processor, train, valid, epochs=1
+    )
+    cost = -torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64).log_softmax(0)
+    assert row["loss"] == pytest.approx(cost.mean().item(), rel=1e-4), "equal shares: smoothing changes nothing"
+    only_class_2 = replace(
+        train,
+        paths=[p for p, label in zip(train.paths, train.labels, strict=True) if label == 2],
+        labels=[2] * train.labels.count(2),
+    )
+    (row,) = training.train(
+        always_class_2(mini, shapes), replace(mini, finetune=budget), processor, only_class_2, valid, epochs=1
+    )
+    wanted = (1 - share) * cost[2] + share * cost.mean()
+    assert row["loss"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_validation_top1_counts_right_answers(mini, shapes):
     _, valid, processor = shapes
     model = always_class_2(mini, shapes)

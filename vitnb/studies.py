@@ -29,6 +29,7 @@ class Finetune:
     learning_rate: float = 1e-3  # peak of the one-cycle schedule (AdamW)
     dropout: float = 0.1  # in the adapters
     crop_scale: float = 0.6  # smallest area of a random crop, as a share of the image
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes (arXiv:1512.00567)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: {both}")
     for part in ("finetune", "latency", "compare", *["pretrain"] * bool(study.pretrain)):
         for name, value in vars(getattr(study, part)).items():
-            shares = {"dropout": 0 <= value < 1, "crop_scale": 0 < value <= 1, "keep_tokens": 0 < value <= 1}
+            shares = {"crop_scale": 0 < value <= 1, "keep_tokens": 0 < value <= 1}
+            shares |= dict.fromkeys(("dropout", "label_smoothing"), 0 <= value < 1)
             shares |= dict.fromkeys(("residual_scale", "full_steps", "minutes"), value >= 0)
             if not shares.get(name, value > 0):
                 raise UserError(f"{path}: {part}: '{name}' cannot be {value}")

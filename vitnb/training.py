@@ -108,7 +108,7 @@ def train(
             mine = len(range(rank, whole, processes))
             with precision(on):
                 logits = forward(pixel_values=pixels.to(on)).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(on))
+            loss = nn.functional.cross_entropy(logits.float(), labels.to(on), label_smoothing=budget.label_smoothing)
             optimizer.zero_grad()
             scaler.scale(loss * (mine * processes / whole)).backward()
             scaler.step(optimizer)
