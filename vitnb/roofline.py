@@ -32,8 +32,8 @@ def flops(config, batch_size: int) -> int:
 
 def _best_seconds(run, on: torch.device, limit: float = 0.5) -> float:
     """The shortest of some runs: a ceiling is what the machine can do at its best."""
+    run()  # the first may take longer than the limit
     best, end = float("inf"), time.perf_counter() + limit
-    run()
     while time.perf_counter() < end:
         if on.type == "cuda":
             torch.cuda.synchronize()
