@@ -81,7 +81,7 @@ def test_missing_images_say_where_they_come_from(capsys, monkeypatch):
     monkeypatch.setattr(records, "check_machine", lambda study: None)
     monkeypatch.setattr("vitnb.models.find_base", lambda study: "base")
     line = refused(capsys, "study", "flowers102")
-    assert "data/flowers102" in line and "download" in line
+    assert "data/flowers-102" in line and "python -m vitnb download flowers-102" in line
 
 
 def test_a_missing_base_says_how_to_restore_it(capsys, mini_yaml, tmp_path):

@@ -29,8 +29,10 @@ def top(scores: torch.Tensor, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 def predict(loaded: Loaded, split: data.Split) -> tuple[dict[str, list], np.ndarray]:
     """Labels and the five likeliest classes of every image, the raw material of all scores; and the logits.
 
-    Raises UserError if the checkpoint was trained on other classes than the split's.
+    Raises UserError if the checkpoint was trained on other classes than the split's, and for a split without labels.
     """
+    if not split.labels:
+        raise UserError(f"the images of {split.folder} have no labels: take those of data.scored(study)")
     if split.class_names != loaded.class_names:
         raise UserError(f"the checkpoint's classes are not those of {split.root}: run finetune on this data first")
     found = logits(loaded, split)

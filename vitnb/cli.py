@@ -11,6 +11,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitnb", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    download = commands.add_parser("download", help="fetch a published data set; run again, an interrupted one goes on")
+    download.add_argument("dataset", help="flowers-102 (Oxford, 330 MB)")
+    download.add_argument("--to", help="the folder that it makes (default: data/flowers-102)")
+
     study = commands.add_parser(
         "study", help="run a whole study: every notebook and variant that is not done yet, then the report"
     )
@@ -62,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _download(args) -> None:
+    from pathlib import Path
+
+    from vitnb import download, studies
+
+    to = Path(args.to).expanduser().absolute() if args.to else studies.ROOT / "data" / args.dataset
+    print(f"vitnb: {download.get(args.dataset, to)}")
+
+
 def _study(args) -> None:
     import subprocess
 
@@ -71,7 +84,7 @@ def _study(args) -> None:
     records.check_machine(study)
     if not study.pretrain:  # else the first job makes it
         models.find_base(study)
-    data.root(study)
+    data.layout(study)
     command = [
         sys.executable,
         "-m",
@@ -166,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's error is one line on standard error and exit code 1 (2: the command line itself)."""
     args = _parser().parse_args(arguments)
     action = {
+        "download": _download,
         "study": _study,
         "run": _run,
         "compare": _compare,

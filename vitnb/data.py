@@ -1,54 +1,57 @@
-"""Images: the splits of a study as folders of pictures, one folder for each class, read in one stated way."""
+"""Images: the splits of a study, read in one stated way, as what a model sees."""
 
 import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from vitnb import garden, studies
-from vitnb.errors import UserError, one_line
+from vitnb import garden, layouts, studies
+from vitnb.errors import UserError
+from vitnb.pictures import Unreadable, read
 
 SPLITS = ("train", "valid", "test")
 READERS = 8  # threads that read images, on a machine with as many cores
-# Everything that Pillow raises for a file that it cannot read whole: damaged AVIF pixels are a RuntimeError, damaged
-# EXIF a TypeError or struct.error.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-ImageFile.LOAD_TRUNCATED_IMAGES = False
+NO_LABEL = -1  # stands in a batch for the label of an image that has none
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split: paths and, for each, the index of its class in ``class_names``."""
+    """The images of one split: paths and, for each, the index of its class in ``class_names``.
+
+    ``labels`` is empty where the data set gives none, as for many test splits. ``name`` says which images these are: train,
+    valid or test. ``folder`` is where they lie, ``root`` the folder of the whole data set.
+    """
 
     root: Path
     paths: list[Path]
     labels: list[int]
     class_names: list[str]
+    name: str = ""
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def spread(self, most: int) -> "Split":
+        """The split itself, or, where it holds more, ``most`` of its images: evenly spread, and so over its classes."""
+        if len(self) <= most:
+            return self
+        chosen = [i * len(self) // most for i in range(most)]
+        labels = [self.labels[i] for i in chosen] if self.labels else []
+        return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
+
 
 def root(study: studies.Study) -> Path:
-    """The folder with ``train``, ``valid`` and ``test``; the garden is drawn on first use.
+    """The folder with the study's images; the garden is drawn on first use.
 
-    Raises UserError, with where the images come from, if they are missing.
+    A study's ``data`` is absolute, relative to the repository, or begins with ``~``. Raises UserError, with where the images
+    come from, if they are missing.
     """
     if study.data == "garden":
         folder = studies.ROOT / "data" / "garden"
@@ -56,60 +59,44 @@ def root(study: studies.Study) -> Path:
             return garden.write_folder(folder)
         except FileExistsError:
             raise UserError(f"{folder} is not the garden of this version: delete it, and it is drawn again") from None
-    folder = studies.ROOT / study.data
+    folder = studies.ROOT / Path(study.data).expanduser()
     if not folder.is_dir():
         where = study.get_data or "put them there, in train/, valid/ and test/"
         raise UserError(f"study '{study.name}' needs its images at {folder}: {where}")
     return folder
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The files below a folder whose names look like pictures (or have no ending), sorted; hidden ones left out."""
-    known = Image.registered_extensions()
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in known or not path.suffix)
+def layout(study: studies.Study) -> layouts.Layout:
+    """How the study's images are laid out; UserError if they are missing or no layout is recognized (see ``layouts``)."""
+    return layouts.find(root(study), study.seed)
 
 
 def split(study: studies.Study, name: str) -> Split:
-    """The split ``train``, ``valid`` or ``test``; classes are the folders of ``train``, in sorted order.
+    """The split ``train``, ``valid`` or ``test``, in the order that its layout gives (see ``layouts``).
+
+    Where there are no test images, ``test`` is the validation split, and its ``name`` says so.
 
     Raises UserError for a missing split, an empty class folder, or a class that was not trained.
     """
-    base = root(study)
-    for part in {"train", name}:
-        if not (base / part).is_dir():
-            raise UserError(f"no folder {base / part}: a data set needs {', '.join(SPLITS)}")
-    class_names = sorted(path.name for path in (base / "train").iterdir() if path.is_dir())
-    if len(class_names) < 2:
-        raise UserError(
-            f"{base / 'train'} has {len(class_names)} class folders: at least two are needed, one for each class"
-        )
-    paths, labels = [], []
-    for folder in sorted(path for path in (base / name).iterdir() if path.is_dir()):
-        if folder.name not in class_names:
-            raise UserError(f"class folder {folder} has no counterpart in train: add it there or remove it")
-        files = image_files(folder)
-        if not files:
-            raise UserError(f"class folder {folder} is empty: add images or remove the folder")
-        paths += files
-        labels += [class_names.index(folder.name)] * len(files)
-    if not paths:
-        raise UserError(f"{base / name} has no class folders with images")
-    return Split(base, paths, labels, class_names)
+    found = layout(study)
+    part = found.part(name)
+    return Split(found.root, part.paths, part.labels, found.class_names, part.name, part.folder)
 
 
-def read(path: Path) -> Image.Image:
-    """One picture in RGB: turned as its EXIF says, the first frame of an animation, 16-bit grey scaled to 8 bits.
+def scored(study: studies.Study) -> Split:
+    """The images that accuracy is measured on: the test split, or the validation split where the test has no labels."""
+    test = split(study, "test")
+    return test if test.labels else split(study, "valid")
 
-    Raises one of UNREADABLE if the file is not a whole image.
-    """
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+
+def told(split: Split) -> str:
+    """What accuracy is measured on, in words, for what ``scored`` returns."""
+    if split.name == "test":
+        return f"accuracy is on the test split: {len(split)} images that chose nothing"
+    return (
+        f"accuracy is on the validation split, {len(split)} images that also choose the epoch: "
+        "there are no labelled test images"
+    )
 
 
 def augment(image: Image.Image, generator: np.random.Generator, crop_scale: float) -> Image.Image:
@@ -145,18 +132,25 @@ class Pixels(Dataset):
         path = self.split.paths[index]
         try:
             image = read(path)
-        except UNREADABLE as error:
-            raise UserError(f"cannot read {path} ({one_line(error)}): replace it or delete it") from None
+        except Unreadable as error:
+            raise UserError(f"cannot read {path} ({error}): replace it or delete it") from None
         if self.seed is not None:
             image = augment(image, np.random.default_rng((self.seed, self.epoch, index)), self.crop_scale)
-        return to_pixels([image], self.processor)[0], self.split.labels[index]
+        label = self.split.labels[index] if self.split.labels else NO_LABEL
+        return to_pixels([image], self.processor)[0], label
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
-        """A batch at once (DataLoader asks for it so): on many cores by threads, as Pillow and NumPy free the interpreter."""
-        if len(os.sched_getaffinity(0)) < READERS:
-            return [self[index] for index in indices]
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self.__getitem__, indices))
+        """A batch at once: DataLoader asks for it so."""
+        return each(self.__getitem__, indices)
+
+
+def each(function: Callable, items: Iterable) -> list:
+    """``function`` of each item, in order: on many cores by threads, as Pillow and NumPy free the interpreter."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < READERS:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(function, items))
 
 
 def to_pixels(images: list[Image.Image], processor) -> torch.Tensor:

@@ -5,50 +5,78 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.utils.data import TensorDataset
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from vitnb import data, models, quantize, studies, training
 
+BATCH_SIZE = 128
+HELD = 2**32  # bytes of pixels that are held of a split; of a larger one, images spread over it
 
-def _pixels(split: data.Split, processor) -> np.ndarray:
-    return np.concatenate([pixels.flatten(1).numpy() for pixels, _ in data.batches(data.Pixels(split, processor), 128)])
+
+def hold(split: data.Split, processor) -> TensorDataset:
+    """A split as the model sees it, read once for all floors: pixels float32 [images, 3, height, width] and labels [images].
+
+    Where its pixels are more than HELD bytes, only as many images as that, spread evenly.
+    """
+    one = data.Pixels(split, processor)[0][0].nbytes
+    some = data.Pixels(split.spread(max(1, HELD // one)), processor)
+    return TensorDataset(*(torch.cat(parts) for parts in zip(*data.batches(some, BATCH_SIZE), strict=True)))
 
 
-def on_pixels(train: data.Split, test: data.Split, processor) -> float:
+def measure(study: studies.Study, train: data.Split, test: data.Split, processor) -> dict[str, float | list[int]]:
+    """The three floors, as top-1 on ``test``, and on how many images each was fitted and tested.
+
+    Returns:
+        pixels: of ``on_pixels``; untrained: of ``on_untrained_base``; probe: of ``on_base``; images: [fitted, tested].
+    """
+    held = hold(train, processor), hold(test, processor)
+    return {
+        "pixels": on_pixels(*held),
+        "untrained": on_untrained_base(study, len(train.class_names), *held),
+        "probe": on_base(study, train.class_names, *held),
+        "images": [len(part) for part in held],
+    }
+
+
+def on_pixels(train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a linear classifier (ridge regression on one-hot labels, scikit-learn) on the pixels themselves."""
-    classifier = RidgeClassifier(alpha=1e3).fit(_pixels(train, processor), train.labels)
-    return float(classifier.score(_pixels(test, processor), test.labels))
+    rows = [held.tensors[0].flatten(1).numpy() for held in (train, test)]
+    return float(RidgeClassifier(alpha=1e3).fit(rows[0], _labels(train)).score(rows[1], _labels(test)))
 
 
 @torch.no_grad()
-def _features(model, split: data.Split, processor) -> np.ndarray:
+def _features(model, held: TensorDataset) -> np.ndarray:
     """What the head would see, [images, hidden]."""
     seen, on = [], models.device()
     hook = model.get_submodule(quantize.head(model)).register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].float().cpu())
     )
     with training.precision(on):
-        for pixels, _ in data.batches(data.Pixels(split, processor), 128):
+        for pixels, _ in data.batches(held, BATCH_SIZE):
             model(pixel_values=pixels.to(on))
     hook.remove()
     return torch.cat(seen).numpy()
 
 
-def _probe(model, train: data.Split, test: data.Split, processor) -> float:
+def _probe(model, train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a trained head (logistic regression, scikit-learn) on a frozen model."""
-    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(
-        _features(model, train, processor), train.labels
-    )
-    return float(head.score(_features(model, test, processor), test.labels))
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    head.fit(_features(model, train), _labels(train))
+    return float(head.score(_features(model, test), _labels(test)))
 
 
-def on_untrained_base(study: studies.Study, train: data.Split, test: data.Split, processor) -> float:
+def _labels(held: TensorDataset) -> np.ndarray:
+    return held.tensors[1].numpy()
+
+
+def on_untrained_base(study: studies.Study, classes: int, train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a trained head on the base's architecture with random weights."""
-    config = AutoConfig.from_pretrained(models.find_base(study), num_labels=len(train.class_names))
+    config = AutoConfig.from_pretrained(models.find_base(study), num_labels=classes)
     model = AutoModelForImageClassification.from_config(config).to(models.device()).eval()
-    return _probe(model, train, test, processor)
+    return _probe(model, train, test)
 
 
-def on_base(study: studies.Study, train: data.Split, test: data.Split, processor) -> float:
+def on_base(study: studies.Study, class_names: list[str], train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a trained head on the frozen base, a linear probe: what fine-tuning should at least reach."""
-    return _probe(models.load_base(study, train.class_names).eval(), train, test, processor)
+    return _probe(models.load_base(study, class_names).eval(), train, test)

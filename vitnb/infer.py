@@ -5,30 +5,34 @@ import io
 import time
 from pathlib import Path
 
+import torch
+
 from vitnb import accuracy, data, studies
-from vitnb.errors import UserError, one_line
+from vitnb.errors import UserError
 from vitnb.models import Loaded
+from vitnb.pictures import Unreadable, image_files
 from vitnb.records import write_whole
 
 BATCH_SIZE = 64
 COLUMNS = ["path", *(f"top{k}" for k in range(1, 6)), *(f"p{k}" for k in range(1, 6)), "error"]
 
 
-def sources(study: studies.Study, images: str | None) -> tuple[Path, list[Path]]:
-    """The folder and the images in it that are to be named: ``images``, or the study's test split.
+def sources(study: studies.Study, images: str | None) -> tuple[Path, list[Path], list[str]]:
+    """The folder, the images in it that are to be named, and the class of each as far as it is known, else "".
 
-    Raises UserError if the folder is missing or holds no images.
+    They are those of ``images``, where a class is what the folder around a picture is called; or the study's test split,
+    labelled or not. Raises UserError if the folder is missing or holds no images.
     """
     if images is None:
         test = data.split(study, "test")
-        return test.root / "test", test.paths
+        return test.folder, test.paths, [test.class_names[i] for i in test.labels] or [""] * len(test)
     folder = Path(images).expanduser()
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: 'images' takes a folder of pictures, or nothing for the test split")
-    found = data.image_files(folder)
+    found = image_files(folder)
     if not found:
         raise UserError(f"{folder} holds no images: put some there (any format that Pillow reads)")
-    return folder, found
+    return folder, found, [path.relative_to(folder).parent.name for path in found]
 
 
 def classify(loaded: Loaded, paths: list[Path], root: Path) -> tuple[list[dict], float]:
@@ -39,22 +43,27 @@ def classify(loaded: Loaded, paths: list[Path], root: Path) -> tuple[list[dict],
     rows, begin = [], time.perf_counter()
     with loaded.running() as model:
         for at in range(0, len(paths), BATCH_SIZE):
-            chunk, images = [], []
+            chunk, pixels = [], []
             for path in paths[at : at + BATCH_SIZE]:
-                row = dict.fromkeys(COLUMNS, "") | {"path": path.relative_to(root).as_posix()}
+                row = dict.fromkeys(COLUMNS, "") | {"path": _printable(path.relative_to(root).as_posix())}
                 rows.append(row)
-                try:
-                    images.append(data.read(path))
+                try:  # one picture in memory at a time: a batch of large ones would not fit
+                    pixels.append(data.to_pixels([data.read(path)], loaded.processor))
                     chunk.append(row)
-                except data.UNREADABLE as error:
-                    row["error"] = f"{type(error).__name__}: {one_line(error)}".replace(str(path), path.name)
-            if not images:
+                except Unreadable as error:
+                    row["error"] = _printable(str(error))
+            if not pixels:
                 continue
-            logits = model(pixel_values=loaded.to_input(data.to_pixels(images, loaded.processor))).logits.float().cpu()
+            logits = model(pixel_values=loaded.to_input(torch.cat(pixels))).logits.float().cpu()
             for row, ps, classes in zip(chunk, *(part.tolist() for part in accuracy.top(logits)), strict=True):
                 for k, (p, index) in enumerate(zip(ps, classes, strict=True), start=1):
                     row[f"top{k}"], row[f"p{k}"] = loaded.class_names[index], f"{p:.4f}"
     return rows, len(paths) / (time.perf_counter() - begin)
+
+
+def _printable(text: str) -> str:
+    """Text for one line of a table: line breaks, and bytes of a file's name that are no UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def write_csv(rows: list[dict], path: Path) -> Path:
@@ -67,10 +76,15 @@ def write_csv(rows: list[dict], path: Path) -> Path:
     return path
 
 
-def pictures(rows: list[dict], root: Path, count: int = 12) -> tuple[list, list[str], list[bool]]:
-    """Readable images spread over the rows, a title for each, and whether its folder bears the predicted name."""
-    readable = [row for row in rows if not row["error"]]
+def pictures(
+    rows: list[dict], paths: list[Path], named: list[str], count: int = 12
+) -> tuple[list, list[str], list[bool]]:
+    """Readable images spread over the rows, a title for each, and whether the prediction is its class (or that is unknown).
+
+    ``paths`` and ``named``: what ``sources`` gave, in the rows' order.
+    """
+    readable = [i for i, row in enumerate(rows) if not row["error"]]
     chosen = readable[:: max(1, len(readable) // count)][:count]
-    titles = [f"{row['top1']}\n{float(row['p1']):.0%}" for row in chosen]
-    right = [Path(row["path"]).parent.name in ("", row["top1"]) for row in chosen]
-    return [data.read(root / row["path"]) for row in chosen], titles, right
+    titles = [f"{rows[i]['top1']}\n{float(rows[i]['p1']):.0%}" for i in chosen]
+    right = [named[i] in ("", rows[i]["top1"]) for i in chosen]
+    return [data.read(paths[i]) for i in chosen], titles, right

@@ -16,6 +16,7 @@ from vitnb import (
     advice,
     claims,
     compare,
+    duplicates,
     figures,
     ladders,
     memory,
@@ -178,6 +179,8 @@ def write(study: studies.Study) -> Path:
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
         keep=keep, based=based, fallen=fallen, techniques=ladders.TOLD,
+        doubles=duplicates.told(finetuned["duplicates"]) if finetuned and "duplicates" in finetuned else "",
+        scored=next((record.get("split", "test") for record in evaluated), "test"),
         stepped=stepped(waterfall.table(fallen)) if fallen else None, records=found, newest=found[-1], MB=summary.MB,
     )  # fmt: skip
     _csv(study.outputs / "summary.csv", table)

@@ -36,7 +36,7 @@ def flops(config, batch_size: int, sides: tuple[int, int] | None = None) -> int:
 
 def _best_seconds(run, on: torch.device, limit: float = 0.5) -> float:
     """The shortest of some runs: a ceiling is what the machine can do at its best."""
-    run()
+    run()  # the first may take longer than the limit
     best, end = float("inf"), time.perf_counter() + limit
     while best == float("inf") or time.perf_counter() < end:
         if on.type == "cuda":
