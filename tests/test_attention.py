@@ -1,6 +1,5 @@
 """Attention kernels against the formula, and against a profiler's word for what ran."""
 
-import math
 import sys
 from types import SimpleNamespace
 
