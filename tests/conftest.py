@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitnb import checkpoints, data, finetune, models, studies, training
+from vitnb import bases, checkpoints, data, finetune, studies, training
 
 CLASSES = ("circle", "cross", "ring", "square")
 
@@ -96,7 +96,7 @@ def mini(mini_yaml, outputs) -> studies.Study:
     """The mini study, fine-tuned and exported (no records written)."""
     study = studies.load(str(mini_yaml))
     train, valid = data.split(study, "train"), data.split(study, "valid")
-    processor = checkpoints.processor(models.find_base(study))
+    processor = checkpoints.processor(bases.find(study))
     torch.manual_seed(0)
     model = finetune.with_adapters(study, train.class_names)
     training.train(model, study, processor, train, valid)
@@ -107,4 +107,4 @@ def mini(mini_yaml, outputs) -> studies.Study:
 @pytest.fixture
 def shapes(mini):
     """The mini study's images to train and to choose by, and its preprocessing."""
-    return data.split(mini, "train"), data.split(mini, "valid"), checkpoints.processor(models.find_base(mini))
+    return data.split(mini, "train"), data.split(mini, "valid"), checkpoints.processor(bases.find(mini))

@@ -79,7 +79,7 @@ def test_a_study_that_needs_a_gpu(capsys, kernels, monkeypatch):
 
 def test_missing_images_say_where_they_come_from(capsys, monkeypatch):
     monkeypatch.setattr(records, "check_machine", lambda study: None)
-    monkeypatch.setattr("vitnb.models.find_base", lambda study: "base")
+    monkeypatch.setattr("vitnb.bases.find", lambda study: "base")
     line = refused(capsys, "study", "flowers102")
     assert "data/flowers-102" in line and "python -m vitnb download flowers-102" in line
 

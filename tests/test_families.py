@@ -18,6 +18,7 @@ from transformers import (
 
 from vitnb import (
     accuracy,
+    bases,
     checkpoints,
     data,
     finetune,
@@ -91,7 +92,7 @@ def study(name: str, folder):
 def test_from_fine_tuning_to_naming_images(name, place, outputs, capsys):
     made = study(name, place)
     train, valid, test = (data.split(made, part) for part in data.SPLITS)
-    processor = checkpoints.processor(models.find_base(made))
+    processor = checkpoints.processor(bases.find(made))
     torch.manual_seed(0)
     model = finetune.with_adapters(made, train.class_names)
     said = "the base's head, for 7 classes, is replaced by a new one for 4"
@@ -130,7 +131,7 @@ def test_old_and_new_names_are_one_model(place, outputs):
     logits = []
     for name in ("vit, old names", "vit, new names"):
         torch.manual_seed(0)
-        model = models.load_base(study(name, place / "twice"), ["a", "b", "c", "d", "e", "f", "g"])
+        model = bases.load(study(name, place / "twice"), ["a", "b", "c", "d", "e", "f", "g"])
         with torch.no_grad():
             logits.append(model.eval()(pixel_values=torch.ones(1, 3, 32, 32, device=model.device)).logits)
     assert torch.equal(*logits)
@@ -141,18 +142,18 @@ def test_a_base_that_does_not_fit_its_config_or_its_preprocessing_is_refused(pla
     folder = place / "wrong" / "vit-old-names"
     ViTImageProcessorPil(size={"height": 40, "width": 32}).save_pretrained(folder)
     with pytest.raises(UserError, match=r"does not take images of 40 x 32 pixels.*preprocessor_config.json"):
-        models.load_base(made, ["a", "b"])
+        bases.load(made, ["a", "b"])
     weights = load_file(folder / "model.safetensors")
     save_file(
         {k: v for k, v in weights.items() if "layer.1.output" not in k}, folder / "model.safetensors", {"format": "pt"}
     )
     wrong = r"config and weights do not fit: 2 missing keys, such as vit\.layers\.1\.mlp\.fc2\.bias"
     with pytest.raises(UserError, match=wrong):
-        models.load_base(made, ["a", "b"])
+        bases.load(made, ["a", "b"])
 
 
 def test_a_head_of_the_right_size_is_kept(place, outputs):
     made = study("vit, old names", place / "right")
     kept = ViTForImageClassification.from_pretrained(place / "right" / "vit-old-names").classifier.weight
-    model = models.load_base(made, [*"abcdefg"])
+    model = bases.load(made, [*"abcdefg"])
     assert model.replaced_classes == 0 and torch.equal(model.classifier.weight.cpu(), kept)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitnb import checkpoints, data, finetune, models, quantize, training
+from vitnb import bases, checkpoints, data, finetune, models, quantize, training
 from vitnb.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_adapters_and_head_are_trained_and_nothing_else(mini, shapes, precision)
 
 
 def test_targets_by_name(mini):
-    model = models.load_base(mini, ["a", "b"])
+    model = bases.load(mini, ["a", "b"])
     count = {
         asked: len(finetune.targets(model, asked)) for asked in ("all", "attention", "mlp", "q_proj,v_proj", "fc1")
     }
@@ -64,7 +64,7 @@ def test_qlora_adapters_are_merged_into_full_precision(mini, shapes):
     model, _ = fit(mini, shapes, base_precision="nf4")
     merged = finetune.merge(model, mini, shapes[0].class_names)
     assert quantize.count(merged) == (0, 19)
-    base = models.load_base(mini, shapes[0].class_names)
+    base = bases.load(mini, shapes[0].class_names)
     name = "vit.layers.1.mlp.fc1"
     layer = model.get_base_model().get_submodule(name)
     delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (32 / 8)

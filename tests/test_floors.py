@@ -5,12 +5,12 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeClassifier
 
-from vitnb import checkpoints, data, floors, models
+from vitnb import bases, checkpoints, data, floors
 
 
 def test_each_image_is_read_once_for_all_floors(mini, monkeypatch):
     train, test = data.split(mini, "train"), data.split(mini, "test")
-    processor = checkpoints.processor(models.find_base(mini))
+    processor = checkpoints.processor(bases.find(mini))
     read, seen = data.read, []
     monkeypatch.setattr(data, "read", lambda path: (seen.append(path), read(path))[1])
     found = floors.measure(mini, train, test, processor)
@@ -30,8 +30,8 @@ def test_each_image_is_read_once_for_all_floors(mini, monkeypatch):
 def test_a_probe_sees_what_the_head_sees(mini):
     """Features are those of the class token after the last layer norm, image by image."""
     train = data.split(mini, "train")
-    held = floors.hold(train, checkpoints.processor(models.find_base(mini)))
-    model = models.load_base(mini, train.class_names).eval()
+    held = floors.hold(train, checkpoints.processor(bases.find(mini)))
+    model = bases.load(mini, train.class_names).eval()
     found = floors._features(model, held)
     with torch.inference_mode():
         oracle = model.vit(held.tensors[0].to(model.device)).last_hidden_state[:, 0].float().cpu()
@@ -42,7 +42,7 @@ def test_a_probe_sees_what_the_head_sees(mini):
 def test_of_a_large_data_set_images_spread_over_it_are_held(mini, monkeypatch):
     """Eight training images of each of four classes; memory for nine images."""
     train = data.split(mini, "train")
-    processor = checkpoints.processor(models.find_base(mini))
+    processor = checkpoints.processor(bases.find(mini))
     monkeypatch.setattr(floors, "HELD", 9 * 3 * 32 * 32 * 4 + 100)
     held = floors.hold(train, processor)
     assert len(held) == 9 and torch.bincount(held.tensors[1]).min() >= 2

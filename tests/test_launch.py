@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitnb import cli, finetune, launch, models, training
+from vitnb import bases, cli, finetune, launch, models, training
 from vitnb.errors import UserError
 
 # What the processes run instead of ``vitnb.launch``: 16 bits would round a batch's parts otherwise than the batch.
@@ -24,7 +24,7 @@ import os, signal, sys
 from pathlib import Path
 from vitnb import launch
 if os.environ["RANK"] == "1":
-    launch.models.load_base = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    launch.bases.load = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 launch.main(Path(sys.argv[1]))
 """
 
@@ -84,7 +84,7 @@ def test_several_processes_learn_what_one_learns(
 @pytest.mark.parametrize("weights", ["fp32", "nf4", "int8"])
 def test_a_base_is_loaded_onto_the_gpu_of_its_process(mini, weights):
     with torch.cuda.device(1):
-        model = models.load_base(mini, ["a", "b"], weights)
+        model = bases.load(mini, ["a", "b"], weights)
     assert {p.device.index for p in model.parameters()} == {1}
 
 

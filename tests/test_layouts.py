@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 from transformers import AutoConfig
 
-from vitnb import accuracy, checkpoints, data, layouts, models, oxford, studies
+from vitnb import accuracy, bases, checkpoints, data, layouts, oxford, studies
 from vitnb.errors import UserError
 
 
@@ -150,7 +150,7 @@ def test_the_names_travel_with_the_checkpoint(tmp_path, mini_yaml):
     path.write_text(mini_yaml.read_text().replace(f"{mini_yaml.parent}/shapes", f"{tmp_path}/k"))
     study = studies.load(str(path))
     names = data.split(study, "train").class_names
-    models.load_base(study, names).save_pretrained(tmp_path / "saved")
+    bases.load(study, names).save_pretrained(tmp_path / "saved")
     config = AutoConfig.from_pretrained(tmp_path / "saved")
     assert [config.id2label[i] for i in range(4)] == names and config.label2id["globe thistle"] == 1
 
@@ -293,5 +293,5 @@ def test_a_split_spread_thin():
 def test_pixels_of_images_without_labels(tmp_path, mini):
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     split = data.Split(tmp_path, [tmp_path / "1.png"], [], ["a"])
-    pixels = data.Pixels(split, checkpoints.processor(models.find_base(mini)))
+    pixels = data.Pixels(split, checkpoints.processor(bases.find(mini)))
     assert pixels[0][1] == data.NO_LABEL and [labels.tolist() for _, labels in data.batches(pixels, 2)] == [[-1]]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import checkpoints, models, quantize, studies, variants
+from vitnb import bases, checkpoints, models, quantize, studies, variants
 from vitnb.errors import UserError, VariantError
 
 PLAIN = """
@@ -129,7 +129,7 @@ def test_full_precision_is_full(mini):
 
 
 def test_the_preprocessing_of_the_base_travels_with_every_export(mini):
-    wanted = AutoImageProcessor.from_pretrained(models.find_base(mini)).to_dict()
+    wanted = AutoImageProcessor.from_pretrained(bases.find(mini)).to_dict()
     for name in ("merged", "nf4", "int8"):
         assert AutoImageProcessor.from_pretrained(mini.checkpoint(name)).to_dict() == wanted
 
@@ -149,7 +149,7 @@ def test_a_missing_checkpoint_names_the_command(mini):
 
 def test_a_precision_that_is_not_there(mini):
     with pytest.raises(UserError, match="base_precision must be"):
-        models.load_base(mini, ["a", "b"], "fp8")
+        bases.load(mini, ["a", "b"], "fp8")
 
 
 def test_the_fresh_head_is_the_same_in_every_precision(mini):
@@ -157,10 +157,10 @@ def test_the_fresh_head_is_the_same_in_every_precision(mini):
     heads = []
     for weights in ("fp32", "nf4"):
         torch.manual_seed(3)
-        heads.append(models.load_base(mini, ["a", "b", "c"], weights).classifier.weight.detach().clone())
+        heads.append(bases.load(mini, ["a", "b", "c"], weights).classifier.weight.detach().clone())
     assert torch.equal(*heads) and heads[0].shape == (3, 64)
 
 
 def test_the_base_of_another_study_is_asked_for_by_the_command_that_makes_it():
     with pytest.raises(UserError, match="python -m vitnb pretrain nowhere"):
-        models.find_base(studies.Study("one", "t", "q", "garden", base="outputs/nowhere/base"))
+        bases.find(studies.Study("one", "t", "q", "garden", base="outputs/nowhere/base"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from vitnb import checkpoints, cli, data, models, quantize, runner, studies
+from vitnb import bases, checkpoints, cli, data, quantize, runner, studies
 
 NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,12 +131,12 @@ def test_a_random_head_fails_the_checked_cells(tmp_path):
     names = sorted(path.name for path in (ROOT / "data" / "garden" / "train").iterdir())
     torch.manual_seed(0)
     folder = tmp_path / "embedded" / "checkpoints"
-    models.load_base(study, names).save_pretrained(folder / "merged")
+    bases.load(study, names).save_pretrained(folder / "merged")
     settings = quantize.config("nf4", ["classifier"])
     AutoModelForImageClassification.from_pretrained(
         folder / "merged", dtype=torch.bfloat16, quantization_config=settings
     ).save_pretrained(folder / "nf4")
-    checkpoints.processor(models.find_base(study)).save_pretrained(folder / "nf4")
+    checkpoints.processor(bases.find(study)).save_pretrained(folder / "nf4")
     words = [
         "-m",
         "pytest",

@@ -15,7 +15,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoImageProcessor, AutoModel, ViTImageProcessorPil
 
-from vitnb import backbone, checkpoints, cli, data, drawings, garden, models, pretrain, studies, tokens
+from vitnb import backbone, bases, checkpoints, cli, data, drawings, garden, pretrain, studies, tokens
 from vitnb.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,10 +201,10 @@ def test_a_study_s_own_base(study, tmp_path, capsys):
     with pytest.raises(
         UserError, match=f"no base model at .*own/base: make it with 'python -m vitnb pretrain {study}'"
     ):
-        models.find_base(loaded)
+        bases.find(loaded)
     assert cli.main(["pretrain", str(study)]) == 0
     folder = tmp_path / "out" / "own" / "base"
-    assert models.find_base(loaded) == str(folder) and capsys.readouterr().out.endswith(f"vitnb: {folder}\n")
+    assert bases.find(loaded) == str(folder) and capsys.readouterr().out.endswith(f"vitnb: {folder}\n")
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
@@ -213,7 +213,7 @@ def test_a_study_s_own_base(study, tmp_path, capsys):
         AutoImageProcessor.from_pretrained(folder),
     )
     assert base.config.num_hidden_layers == 2 and processor.size["height"] == 32
-    assert models.load_base(loaded, ["a", "b", "c"]).config.num_labels == 3
+    assert bases.load(loaded, ["a", "b", "c"]).config.num_labels == 3
     record = json.loads((tmp_path / "out" / "own" / "records" / "pretrain.json").read_text())
     assert record["status"] == "ok" and record["study_asked"]["pretrain"]["keep_tokens"] == 0.25
     assert record["base_sha256"] == checkpoints.fingerprint(folder)
@@ -291,9 +291,7 @@ def test_commands_that_cannot_be(words, fix, capsys, monkeypatch):
 
 
 def test_a_batch_read_by_threads_is_the_batch_read_by_one(mini, monkeypatch):
-    images = data.Pixels(
-        data.split(mini, "train"), checkpoints.processor(models.find_base(mini)), seed=3, crop_scale=0.5
-    )
+    images = data.Pixels(data.split(mini, "train"), checkpoints.processor(bases.find(mini)), seed=3, crop_scale=0.5)
     images.epoch, read, batches = 2, data.read, {}
     for cores in (2, 64):
         readers = set()

@@ -78,12 +78,12 @@ def _download(args) -> None:
 def _study(args) -> None:
     import subprocess
 
-    from vitnb import data, models, records, studies
+    from vitnb import bases, data, records, studies
 
     study = studies.load(args.study)
     records.check_machine(study)
     if not study.pretrain:  # else the first job makes it
-        models.find_base(study)
+        bases.find(study)
     data.layout(study)
     command = [
         sys.executable,

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from vitnb import checkpoints, models, quantize, studies
+from vitnb import bases, checkpoints, models, quantize, studies
 from vitnb.errors import UserError, nearest
 
 EXPORTS = ("merged", "nf4", "int8")
@@ -58,7 +58,7 @@ def with_adapters(
     """
     if rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
-    model = models.load_base(study, class_names, base_precision)
+    model = bases.load(study, class_names, base_precision)
     if model.replaced_classes:
         print(f"the base's head, for {model.replaced_classes} classes, is replaced by a new one for {len(class_names)}")
     head, chosen = quantize.head(model), targets(model, target)
@@ -86,7 +86,7 @@ def merge(model: PeftModel, study: studies.Study, class_names: list[str]) -> nn.
     """Fold the adapters into the full-precision base, also those that were trained on a quantized one (QLoRA)."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        base = models.load_base(study, class_names)
+        base = bases.load(study, class_names)
         return PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
 
 

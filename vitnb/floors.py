@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import TensorDataset
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from vitnb import data, models, quantize, studies, training
+from vitnb import bases, data, models, quantize, studies, training
 
 BATCH_SIZE = 128
 HELD = 2**32  # bytes of pixels that are held of a split; of a larger one, images spread over it
@@ -72,11 +72,11 @@ def _labels(held: TensorDataset) -> np.ndarray:
 
 def on_untrained_base(study: studies.Study, classes: int, train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a trained head on the base's architecture with random weights."""
-    config = AutoConfig.from_pretrained(models.find_base(study), num_labels=classes)
+    config = AutoConfig.from_pretrained(bases.find(study), num_labels=classes)
     model = AutoModelForImageClassification.from_config(config).to(models.device()).eval()
     return _probe(model, train, test)
 
 
 def on_base(study: studies.Study, class_names: list[str], train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a trained head on the frozen base, a linear probe: what fine-tuning should at least reach."""
-    return _probe(models.load_base(study, class_names).eval(), train, test)
+    return _probe(bases.load(study, class_names).eval(), train, test)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from vitnb import checkpoints, data, models, studies, training
+from vitnb import bases, checkpoints, data, models, studies, training
 from vitnb.errors import UserError, one_line
 
 MODULE = "vitnb.launch"  # what every process runs, see ``main``
@@ -84,7 +84,7 @@ def _write(folder: Path, model: PeftModel, study: studies.Study, processor) -> N
 
 
 def _precision(model: PeftModel) -> str:
-    """What the frozen base was loaded in, in the words of ``models.load_base``."""
+    """What the frozen base was loaded in, in the words of ``bases.load``."""
     settings = getattr(model.get_base_model().config, "quantization_config", None)
     return "fp32" if settings is None else "nf4" if settings.load_in_4bit else "int8"
 
@@ -145,7 +145,7 @@ def main(folder: Path) -> None:
             for name in ("train", "valid")
         )
         study = studies.load(str(folder / "study.yaml"))
-        base = models.load_base(study, train.class_names, job["base_precision"])
+        base = bases.load(study, train.class_names, job["base_precision"])
         if job["gradient_checkpointing"]:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = PeftModel.from_pretrained(base, folder / "adapters", is_trainable=True, torch_device="cpu")

@@ -1,4 +1,4 @@
-"""Models: from a base to a classifier, and from a checkpoint to a variant that is ready to run."""
+"""Models: from a checkpoint to a variant that is ready to run."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitnb import attention, checkpoints, engines, fp8, quantize, studies
-from vitnb.errors import UserError, VariantError, one_line
+from vitnb.errors import UserError, VariantError
 from vitnb.fused.vit import FusedViT
 from vitnb.variants import Variant
 
@@ -28,81 +28,6 @@ def device(asked: str | None = None) -> torch.device:
 def half(on: torch.device) -> torch.dtype:
     """The 16-bit type to compute in: bfloat16, and float16 on GPUs below SM80, which have no bfloat16 units."""
     return torch.float16 if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 0) else torch.bfloat16
-
-
-def find_base(study: studies.Study) -> str:
-    """The study's base model as a local folder or, where the study names one, a hub name.
-
-    Raises UserError, with the command that makes or restores it, if it is missing.
-    """
-    if study.pretrain:
-        if not study.own_base.is_dir():
-            raise UserError(f"no base model at {study.own_base}: make it with 'python -m vitnb pretrain {study.typed}'")
-        return str(checkpoints.safe(study.own_base))
-    folder = studies.ROOT / study.base
-    if folder.is_dir():
-        return str(checkpoints.safe(folder))
-    if study.base.startswith("outputs/"):  # what another study has pretrained
-        raise UserError(
-            f"no base model at {folder}: make it with 'python -m vitnb pretrain {Path(study.base).parts[1]}'"
-        )
-    if study.base.startswith((".", "/", "data/")):
-        raise UserError(f"no base model at {folder}: restore it with 'git checkout {study.base}'")
-    return study.base
-
-
-def load_base(study: studies.Study, class_names: list[str], weights: str = "fp32") -> nn.Module:
-    """The base model with a head for ``class_names``, in full precision or quantized for QLoRA.
-
-    The head is the base's own if it has one for as many classes, else a fresh one; ``replaced_classes`` of the model says how
-    many classes a head had that was replaced, 0 if none was.
-
-    Args:
-        weights: ``fp32``, ``nf4`` or ``int8``.
-
-    Raises:
-        UserError: no base, or one whose weights or preprocessing do not fit its config.
-    """
-    if weights not in ("fp32", "nf4", "int8"):
-        raise UserError(f"base_precision must be fp32, nf4 or int8, got '{weights}'")
-    labels = dict(enumerate(class_names))
-    options = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "ignore_mismatched_sizes": True}
-    base, on = find_base(study), device()
-    # By its number: the threads in which transformers loads know only the first GPU, whichever is set.
-    if on.type == "cuda":
-        on = torch.device("cuda", torch.cuda.current_device())
-    model, found = checkpoints.read(base, dtype=torch.float32, output_loading_info=True, **options)
-    head = quantize.head(model)
-    if wrong := checkpoints.misfits(found, fresh=(head, "pooler")):
-        raise UserError(f"{base}: {wrong}: take a checkpoint that transformers has saved")
-    _check_size(model, base)
-    replaced = max((key[1][0] for key in found["mismatched_keys"]), default=0)
-    if weights != "fp32":
-        # The head is the full-precision load's: every precision starts alike, and no loader (transformers 5.17 does)
-        # leaves a head of the base's size on a quantized model.
-        fresh, settings = model.get_submodule(head), quantize.config(weights, quantize.keep(model), half(on))
-        model = checkpoints.read(
-            base, dtype=torch.float32, quantization_config=settings, device_map={"": on}, **options
-        )
-        model.set_submodule(head, fresh.to(on))
-        quantize.check_counts(model, quantized=True)
-        quantize.forbid_packing(model)
-    model.set_attn_implementation("vitnb-sdpa")
-    model.replaced_classes = replaced
-    return model.to(on)
-
-
-@torch.inference_mode()
-def _check_size(model: nn.Module, base: str) -> None:
-    """Raise UserError if the model does not take images of the size that its own preprocessing gives."""
-    height, width = checkpoints.sides(checkpoints.processor(base))
-    try:
-        model.eval()(pixel_values=torch.zeros(1, model.config.num_channels, height, width))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{base} does not take images of {height} x {width} pixels, which its preprocessing gives ({one_line(error)}): "
-            "mend its preprocessor_config.json"
-        ) from None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from vitnb import checkpoints, data, models, quantize, studies, variants
+from vitnb import bases, checkpoints, data, models, quantize, studies, variants
 
 BATCH_SIZE = 128
 
@@ -77,7 +77,7 @@ class Bench:
     @cached_property
     def processor(self):
         """The preprocessing that the base was trained with."""
-        return checkpoints.processor(models.find_base(self.study))
+        return checkpoints.processor(bases.find(self.study))
 
     @cached_property
     def train(self) -> Pictures:
@@ -100,7 +100,7 @@ class Bench:
     @cached_property
     def _base(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return models.load_base(self.study, self.class_names).eval()
+        return bases.load(self.study, self.class_names).eval()
 
     def _features(self, pictures: Pictures) -> np.ndarray:
         found = []
