@@ -4,6 +4,7 @@ How far the answers move is the KL divergence to full precision, on the same ima
 loaded model (see ``switchboard``); what a killed run has measured is not measured again (see ``unfinished``).
 """
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -84,17 +85,21 @@ def sensitivity(
     done = findings(loaded, images, dtype, folder)
     rows = [{"bits": 32, "kept": "full precision", "linears_quantized": 0, "linears_kept": loaded.linears_kept}]
     rows[0] |= images.scores(images.reference)
-    for width in bits:
-        for only in (False, True):  # one after the other: each direction's base is held for all images
-            walk = Walk(board, loaded, images, PLAIN if only else width)
-            chosen = {name: kept for name, kept in choices.items() if name.startswith(ONLY) == only}
-            for name, kept in chosen.items():
-                widths = dict.fromkeys(board.plain, width) | dict.fromkeys(board.names(kept), PLAIN)
-                row = done.get(lambda walk=walk, widths=widths: walk.ask(widths), widths=widths)
-                rows.append({"bits": width, "kept": name} | row)
-                print(f"{width}-bit, kept: {name:20s} top-1 {row['top1']:.4f}  KL {row['kl']:.5f}", flush=True)
+    found = {}
+    for base, several in [*((width, [width]) for width in bits), (PLAIN, bits)]:
+        walk = Walk(
+            board, loaded, images, base
+        )  # one after the other: the outputs under a base are held for all images
+        for width, name in product(several, choices):
+            if (base == PLAIN) != (name == "all" or name.startswith(ONLY)):
+                continue
+            widths = dict.fromkeys(board.plain, width) | dict.fromkeys(board.names(choices[name]), PLAIN)
+            row = done.get(lambda walk=walk, widths=widths: walk.ask(widths), widths=widths)
+            found[width, name] = {"bits": width, "kept": name} | row
+            print(f"{width}-bit, kept: {name:20s} top-1 {row['top1']:.4f}  KL {row['kl']:.5f}", flush=True)
+    rows += [found[width, name] for width in bits for name in choices]
     if done.found_before:
-        print(f"{done.found_before} of {len(rows) - 1} were there from a run that had been ended", flush=True)
+        print(f"{done.found_before} of {len(found)} were there from a run that had been ended", flush=True)
     board.restore()
     return rows
 

@@ -148,6 +148,8 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
     least = min(size for bits in widths for size in bench.extra[bits].values()) / bench.uniform_bytes
     if share < least:
         raise UserError(f"a budget of {share:g} keeps no Linear: the smallest takes {least:.3f}; raise --budget")
+    if share * bench.uniform_bytes >= sum(bench.extra[PLAIN].values()):
+        raise UserError(f"a budget of {share:g} holds every Linear in 16 bits: take bf16-sdpa, or lower --budget")
     measured = {
         NF4: bench.ask("valid", {}), INT8: bench.ask("valid", dict.fromkeys(every, 8)),
         BF16: bench.ask("valid", dict.fromkeys(every, PLAIN)),
@@ -157,8 +159,10 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
     chosen = budget.choose(costs, widths, round(share * bench.uniform_bytes))
     if not chosen:
         raise UserError(f"a budget of {share:g} buys nothing: no Linear that fits costs any KL; raise --budget")
-    if len(chosen) == len(every) and set(chosen.values()) == {PLAIN}:
-        raise UserError(f"a budget of {share:g} keeps every Linear in 16 bits: take bf16-sdpa, or lower --budget")
+    if len(chosen) == len(every):
+        raise UserError(
+            f"a budget of {share:g} leaves no Linear in 4 bits: take int8-sdpa or bf16-sdpa, or lower --budget"
+        )
     scores = bench.ask("valid", chosen)
     curve, proof = _trade_off(bench, costs, measured, share), _proof(bench, costs, chosen, widths, started.seed)
     kl, low, high = intervals.mean(scores["kl_by_image"])

@@ -21,7 +21,8 @@ class Unfinished:
 
     def __init__(self, folder: Path | None, **depends):
         self.folder, self.depends = folder, depends | {"versions": machine.versions()}
-        self.found_before = 0  # findings that were there already
+        self.seen: set[Path] = set()
+        self.found_before = 0  # findings of a run before this one
 
     def get(self, make: Callable[[], dict], **asked) -> dict:
         """The finding for ``asked``: read, if it was found before, else made and kept. ``make`` gives what JSON can hold."""
@@ -30,8 +31,10 @@ class Unfinished:
         key = json.dumps([self.depends, asked], sort_keys=True)
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if path.exists():
-            self.found_before += 1
+            self.found_before += path not in self.seen
+            self.seen.add(path)
             return json.loads(path.read_text(encoding="utf-8"))
         found = make()
         write_whole(path, json.dumps(found))
+        self.seen.add(path)
         return found
