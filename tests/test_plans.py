@@ -1,6 +1,7 @@
 """Plans: the choice against brute force, the export against plain transformers, the proof against numbers made by hand."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import product
@@ -77,6 +78,10 @@ def test_random_plans_hold_the_same_bytes():
     assert all(limit - 0.01 * (10_000 + limit) <= found.bytes(one) <= limit for one in drawn)
     assert {bits for one in drawn for bits in one.values()} == {8, 16}
     assert drawn == budget.at_random(found, [8, 16], plan, 20) != budget.at_random(found, [8, 16], plan, 20, seed=1)
+    extra = {"a": 100, "b": 100, "c": 100, "d": 60, "e": 60, "f": 80}
+    few = budget.Costs(dict.fromkeys(extra, 1.0), {16: 0.0}, {16: extra}, 0.0, 100)
+    drawn = {frozenset(one) for one in budget.at_random(few, [16], {"a": 16, "b": 16}, 20)}
+    assert drawn == {frozenset(one) for one in ("ac", "bc", "def")}, "what leaves a gap is not taken"
     two = budget.Costs({"a": 1.0, "b": 0.5}, {16: 0.0}, {16: {"a": 9, "b": 9}}, 0.0, 100)
     assert budget.at_random(two, [16], {"a": 16}, 20) == [{"b": 16}], "as many as there are"
     with pytest.raises(UserError, match="take another budget"):
@@ -350,3 +355,12 @@ def test_a_study_names_its_plans(mini_yaml, tmp_path):
         path.write_text(text.replace("nf4-fa2]", f"plan:p1-sdpa]\n{plans_line}"))
         with pytest.raises(UserError, match=said):
             studies.load(str(path))
+
+
+def test_a_study_makes_its_plans_before_what_needs_them(mini_yaml, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
+    path = tmp_path / "mini.yaml"
+    path.write_text(mini_yaml.read_text().replace("nf4-fa2]", "plan:p1-sdpa]\nplans: {p1: 0.1, p2: 0.2}"))
+    assert cli.main(["study", str(path), "--dry-run"]) == 0
+    jobs = dict(line.split() for line in capfd.readouterr().out.splitlines() if re.fullmatch(r"\w+ +\d+", line))
+    assert jobs["plan"] == jobs["evaluate"] == "2" and jobs["finetune"] == "1"

@@ -143,6 +143,16 @@ def recommended(table: pd.DataFrame, bits: int, count: int = 3) -> list[str]:
     return list(whole.sort_values("effect", ascending=False).part[:count])
 
 
+def by_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """The effects of the kinds of Linears as people read them; empty if they were not measured."""
+    lines = [
+        {"bits": row.bits, "direction": row.direction, "part": row.part,
+         "effect, nats (95%)": f"{row.effect:.2g} ({row.low:.2g} to {row.high:.2g})", "in words": row.verdict}
+        for row in table[table.part.str.startswith("every ")].itertuples()
+    ]  # fmt: skip
+    return pd.DataFrame(lines)
+
+
 def table(rows: list[dict]) -> pd.DataFrame:
     """The rows without the raw values of single images."""
     return pd.DataFrame(rows).drop(columns=list(RAW))

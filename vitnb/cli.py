@@ -160,8 +160,8 @@ def _variants(args) -> None:
 
     print("\n".join(variants.SOURCE))
     print(f"and every other weights-attention or weights-attention-engine: weights {', '.join(variants.CHECKPOINTS)}; "
-          f"attention {', '.join(variants.ATTENTIONS)}; engine {', '.join(variants.ENGINES)}")  # fmt: skip
-    print("and plan:NAME as weights, for a study's plan of that name: see 'vitnb plan'")
+          f"attention {', '.join(variants.ATTENTIONS)}; engine {', '.join(variants.ENGINES)}; "
+          "and plan:NAME as weights, for a plan of a study: see 'vitnb plan'")  # fmt: skip
 
 
 def _pretrain(args) -> None:

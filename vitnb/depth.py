@@ -56,7 +56,7 @@ def late(rows: list[dict], bits: int) -> dict:
 def _late_verdict(found: dict) -> str:
     """In words; nothing is called more or less sensitive inside the noise of the images."""
     if found["high"] < 0:
-        return "the claim does not hold here: late layers are less sensitive than the others"
+        return "the claim does not hold here: late layers are less sensitive than the others on average"
     if found["low"] <= 0:
         return "the claim does not hold here: no difference beyond noise between late layers and the others"
     if found["as_large"] <= 1 - intervals.LEVEL:

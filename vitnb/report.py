@@ -137,7 +137,9 @@ def write(study: studies.Study) -> Path:
         raise UserError(
             f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.typed}' first"
         )
-    finetuned, ablated, inferred, turns = (_one(found, name) for name in ("finetune", "ablate", "infer", "compare"))
+    finetuned, inferred, turns = (_one(found, name) for name in ("finetune", "infer", "compare"))
+    # By layer or by Linear, which holds the layers too: the newest.
+    ablated = next((r for r in reversed(found) if r["notebook"] == "ablate" and r["status"] == "ok"), None)
     based, fallen = (_one(found, name) for name in ("pretrain", "waterfall"))
     planned, old_plans = proof.current(found, finetuned)
     effects = ablate.effects(ablated["rows"]) if ablated else None
@@ -178,7 +180,8 @@ def write(study: studies.Study) -> Path:
         raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
-        keep=keep, depths=depth.answers(ablated["rows"], widths) if ablated else [], plans=plans, old_plans=old_plans,
+        keep=keep, kinds=ablate.by_kind(effects) if ablated else None,
+        depths=depth.answers(ablated["rows"], widths) if ablated else [], plans=plans, old_plans=old_plans,
         based=based, fallen=fallen, techniques=ladders.TOLD,
         stepped=stepped(waterfall.table(fallen)) if fallen else None, records=found, newest=found[-1], MB=summary.MB,
     )  # fmt: skip
