@@ -2,7 +2,7 @@
 #
 # Every job takes all cores: a job that measures time never shares the machine with another. Priorities: what is compared comes
 # first, so that a run that is cut short has the main part.
-from vitnb import studies
+from vitnb import studies, variants
 
 study = studies.load(config.get("study", "embedded"))
 asked = config.get("study", "embedded")
@@ -14,12 +14,20 @@ base = [records / "pretrain.json"] if study.pretrain else []
 measured = [
     *base,
     records / "finetune.json",
-    *(records / f"evaluate-{variant}.json" for variant in study.variants),
+    *(records / f"evaluate-{variants.get(variant).file}.json" for variant in study.variants),
     records / "compare.json",
     records / "ablate.json",
+    *(records / f"plan-{name}.json" for name in study.plans),
     records / "infer.json",
     *[records / "waterfall.json"] * bool(study.waterfall),
 ]
+# A variant by its name in file names, and what makes its checkpoint.
+named = {variants.get(variant).file: variant for variant in study.variants}
+
+
+def exported(variant):
+    plan = variants.get(variant).plan
+    return records / (f"plan-{plan}.json" if plan else "finetune.json")
 
 
 rule all:
@@ -57,20 +65,22 @@ rule finetune:
 rule evaluate:
     input:
         source,
-        records / "finetune.json",
+        lambda wildcards: exported(named[wildcards.variant]),
     output:
         records / "evaluate-{variant}.json",
+    params:
+        variant=lambda wildcards: named[wildcards.variant],
     priority: 50
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb run evaluate -p study {asked} -p variant {wildcards.variant} --allow-failed"
+        "{sys.executable} -m vitnb run evaluate -p study {asked} -p variant {params.variant} --allow-failed"
 
 
 rule compare:
     input:
         source,
         records / "finetune.json",
-        *(records / f"evaluate-{variant}.json" for variant in study.variants),
+        *(records / f"evaluate-{name}.json" for name in named),
     output:
         records / "compare.json",
         study.outputs / "ratios.csv",
@@ -108,10 +118,26 @@ rule ablate:
         "{sys.executable} -m vitnb run ablate -p study {asked}"
 
 
-rule infer:
+rule plan:  # for another budget: python -m vitnb plan
     input:
         source,
         records / "finetune.json",
+    output:
+        records / "plan-{name}.json",
+        study.outputs / "plans" / "{name}.json",
+        directory(study.checkpoint("plan-{name}")),
+    params:
+        share=lambda wildcards: study.plans[wildcards.name],
+    priority: 15
+    threads: workflow.cores
+    shell:
+        "{sys.executable} -m vitnb plan {asked} --name {wildcards.name} --budget {params.share}"
+
+
+rule infer:
+    input:
+        source,
+        exported(study.infer_variant),
     output:
         records / "infer.json",
         study.outputs / "predictions.csv",

@@ -181,7 +181,7 @@ def test_a_second_run_makes_nothing_and_a_lost_record_is_made_again(done, mini_y
     made = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert {path.relative_to(done).as_posix() for path in made} == {
         "records/infer.json", "notebooks/infer-nf4-sdpa.ipynb", "predictions.csv",
-        "report.html", "summary.csv", "accuracy.csv", "claims.csv",
+        "report.html", "summary.csv", "accuracy.csv", "claims.csv", "sensitivity.csv",
     }  # fmt: skip
 
 

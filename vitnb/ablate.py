@@ -1,9 +1,10 @@
-"""Layer sensitivity: keep some layers in 16 bits, quantize the others, and see how far the answers move.
+"""Layer sensitivity, in both directions: keep one part in 16 bits and quantize the rest, or quantize one part alone.
 
-One model is loaded once; every Linear gets a quantized twin, and a configuration is a choice between the two.
+How far the answers move is the KL divergence to full precision, on the same images for every configuration. All run on one
+loaded model (see ``switchboard``); what a killed run has measured is not measured again (see ``unfinished``).
 """
 
-from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,157 +12,150 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitnb import accuracy, data, intervals, quantize
-from vitnb.errors import VariantError
+from vitnb import checkpoints, data, intervals, switchboard
+from vitnb.errors import UserError
 from vitnb.models import Loaded
 from vitnb.records import write_whole
+from vitnb.switchboard import PLAIN, Switchboard, Walk, layers
+from vitnb.unfinished import Unfinished
 
-BATCH_SIZE = 128
-
-
-def layers(model: nn.Module) -> list[str]:
-    """Full names of the transformer blocks, first to last: the longest list of modules that hold Linears."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    name, blocks = max(((n, m) for n, m in lists if quantize.linears(m)), key=lambda item: len(item[1]))
-    return [f"{name}.{i}" for i in range(len(blocks))]
+BY = ("layer", "linear")
+ONLY = "all but "  # begins the name of a configuration that quantizes one part alone
+RAW = ("predicted", "kl_by_image")  # of a row, by image
+NOISE = "no effect beyond noise"
 
 
-def configurations(model: nn.Module) -> dict[str, list[str]]:
-    """Which blocks stay in 16 bits in each configuration: none, all, first and last, and every one in turn."""
+def parts(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
+    """What is kept, or quantized, in turn: {name: prefixes of the Linears under it}.
+
+    ``by``: ``layer``, every block; or ``linear``, besides every kind of Linear (``every q``) and every single one (``layer 0 q``).
+    Raises UserError for another word.
+    """
+    if by not in BY:
+        raise UserError(f"by must be {' or '.join(BY)}, got '{by}'")
     blocks = layers(model)
-    return {"none": [], "all": blocks, "first and last": [blocks[0], blocks[-1]]} | {
-        f"layer {i}": [b] for i, b in enumerate(blocks)
-    }
+    found = {f"layer {i}": [block] for i, block in enumerate(blocks)}
+    if by == "linear":
+        found |= {f"every {kind}": names for kind, names in switchboard.kinds(model).items()} | singles(model)
+    return found
 
 
-class Switchboard:
-    """A 16-bit model whose Linears can be switched one by one to their quantized twins (4 or 8 bits)."""
-
-    def __init__(self, model: nn.Module, bits: int, dtype: torch.dtype):
-        self.model = model.to(dtype)
-        self.plain = {name: module for name, module in quantize.linears(model).items() if name != quantize.head(model)}
-        self.twins = {name: quantize.quantized_copy(module, bits, dtype) for name, module in self.plain.items()}
-
-    def keep(self, blocks: list[str]) -> tuple[int, int]:
-        """Keep the Linears under ``blocks`` in 16 bits and quantize all others; returns (quantized, kept), as counted.
-
-        Raises UserError for a block without Linears, VariantError if the model does not end up as asked.
-        """
-        for name, module in self.plain.items():  # named_modules() must see the plain ones to match names
-            self.model.set_submodule(name, module)
-        kept = set(quantize.keep(self.model, blocks))
-        for name in self.plain.keys() - kept:
-            self.model.set_submodule(name, self.twins[name])
-        counted = quantize.count(self.model)
-        if counted != (len(self.plain) + 1 - len(kept), len(kept)):
-            raise VariantError(f"{len(kept)} Linears were to be kept, but {counted[1]} are")
-        return counted
-
-    def restore(self) -> nn.Module:
-        """The model with no Linear quantized."""
-        self.keep([*self.plain])
-        return self.model
+def singles(model: nn.Module) -> dict[str, list[str]]:
+    """Every Linear of every block as a part of its own, block by block: ``layer 0 q`` and so on."""
+    kinds, blocks = switchboard.kinds(model), layers(model)
+    return {
+        f"layer {i} {kind}": [name]
+        for i, block in enumerate(blocks) for kind, names in kinds.items() for name in names if name.startswith(f"{block}.")
+    }  # fmt: skip
 
 
-class _Pass(nn.Module):
-    """Stands in for a block that need not be computed: hands on what comes in or, given outputs, the next of those."""
-
-    def __init__(self, outputs: list[torch.Tensor] | None = None):
-        super().__init__()
-        self.outputs = iter(outputs or [])
-
-    def forward(self, hidden, *_, **__):
-        return next(self.outputs, hidden)
-
-
-@contextmanager
-def _recorded(model: nn.Module, blocks: list[str], outputs: dict[str, list[torch.Tensor]]):
-    """Collect the outputs of every block, batch by batch, into ``outputs``."""
-    hooks = []
-    for name in blocks:
-        outputs[name] = kept = []
-        hooks.append(model.get_submodule(name).register_forward_hook(lambda _m, _i, out, kept=kept: kept.append(out)))
-    yield
-    for hook in hooks:
-        hook.remove()
+def configurations(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
+    """What stays in 16 bits in each: none, all, first and last, every part in turn, and all but each part in turn."""
+    blocks = layers(model)
+    found = {"none": [], "all": blocks, "first and last": [blocks[0], blocks[-1]]} | parts(model, by)
+    names = [name for kind in switchboard.kinds(model).values() for name in kind]
+    for part, prefixes in parts(model, by).items():
+        under = tuple(f"{prefix}." for prefix in prefixes)
+        found[ONLY + part] = [name for name in names if name not in prefixes and not name.startswith(under)]
+    return found
 
 
-@contextmanager
-def _replayed(model: nn.Module, blocks: list[str], outputs: dict[str, list[torch.Tensor]]):
-    """Replace the first blocks by what they gave before: computed with the same weights, they would give it again."""
-    real = {name: model.get_submodule(name) for name in blocks}
-    for name in blocks:
-        model.set_submodule(name, _Pass(outputs[name] if name == blocks[-1] else None))
-    yield
-    for name, module in real.items():
-        model.set_submodule(name, module)
-
-
-def _logits(loaded: Loaded, pixels: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """float64 [images, classes] on the CPU, from batches of float32 [batch, 3, height, width]."""
-    with loaded.running() as model:
-        return torch.cat([model(pixel_values=batch.to(loaded.device, dtype)).logits.double().cpu() for batch in pixels])
-
-
-def sensitivity(loaded: Loaded, valid: data.Split, bits: list[int], dtype: torch.dtype) -> list[dict]:
-    """Top-1 and KL to full precision of every configuration, on the same validation images.
+def sensitivity(
+    loaded: Loaded,
+    split: data.Split,
+    bits: list[int],
+    dtype: torch.dtype,
+    by: str = "layer",
+    folder: Path | None = None,
+) -> list[dict]:
+    """Top-1 and KL to full precision of every configuration, on the same images.
 
     Args:
         loaded: the full-precision variant; it is changed to ``dtype``, the 16-bit type.
         bits: 4, 8 or both.
+        by: see ``parts``.
+        folder: where each finished configuration is kept until the record is written; None: nowhere.
 
     Returns:
         one row a configuration: bits, kept (its name), linears_quantized, linears_kept, top1, kl (mean), and raw by
         image: predicted and kl_by_image.
     """
-    pixels = [batch for batch, _ in data.batches(data.Pixels(valid, loaded.processor), BATCH_SIZE)]
-    labels = torch.tensor(valid.labels)
-    blocks = layers(loaded.model)
-    reference = _logits(loaded, pixels, loaded.dtype)
+    choices = configurations(loaded.model, by)
+    images, board = switchboard.look(loaded, split), Switchboard(loaded.model, bits, dtype)
+    done = findings(loaded, images, dtype, folder)
     rows = [{"bits": 32, "kept": "full precision", "linears_quantized": 0, "linears_kept": loaded.linears_kept}]
-    rows[0] |= _scores(reference, reference, labels)
-    for width in bits:
-        board, outputs = Switchboard(loaded.model, width, dtype), {}
-        for name, kept_blocks in configurations(loaded.model).items():
-            quantized, kept = board.keep(kept_blocks)
-            row = {"bits": width, "kept": name, "linears_quantized": quantized, "linears_kept": kept}
-            # With one block kept, those before it are quantized as in "none", which ran first: half of the work.
-            before = blocks[: blocks.index(kept_blocks[0])] if len(kept_blocks) == 1 else []
-            with (
-                _recorded(loaded.model, blocks, outputs) if name == "none" else _replayed(loaded.model, before, outputs)
-            ):
-                logits = _logits(loaded, pixels, dtype)
-            rows.append(row | _scores(reference, logits, labels))
-            print(f"{width}-bit, kept: {name:15s} top-1 {rows[-1]['top1']:.4f}  KL {rows[-1]['kl']:.5f}", flush=True)
-        board.restore()
+    rows[0] |= images.scores(images.reference)
+    found = {}
+    for base, several in [*((width, [width]) for width in bits), (PLAIN, bits)]:
+        walk = Walk(
+            board, loaded, images, base
+        )  # one after the other: the outputs under a base are held for all images
+        for width, name in product(several, choices):
+            if (base == PLAIN) != (name == "all" or name.startswith(ONLY)):
+                continue
+            widths = dict.fromkeys(board.plain, width) | dict.fromkeys(board.names(choices[name]), PLAIN)
+            row = done.get(lambda walk=walk, widths=widths: walk.ask(widths), widths=widths)
+            found[width, name] = {"bits": width, "kept": name} | row
+            print(f"{width}-bit, kept: {name:20s} top-1 {row['top1']:.4f}  KL {row['kl']:.5f}", flush=True)
+    rows += [found[width, name] for width in bits for name in choices]
+    if done.found_before:
+        print(f"{done.found_before} of {len(found)} were there from a run that had been ended", flush=True)
+    board.restore()
     return rows
 
 
-def _scores(reference: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> dict:
-    divergence, predicted = accuracy.kl(reference, other), other.argmax(-1)
-    return {
-        "top1": (predicted == labels).double().mean().item(),
-        "kl": divergence.mean().item(),
-        "predicted": predicted.tolist(),
-        "kl_by_image": accuracy.six_digits(divergence),
-    }
+def findings(loaded: Loaded, images: switchboard.Images, dtype: torch.dtype, folder: Path | None) -> Unfinished:
+    """The store of what is found of a model on some images: it depends on weights, pixels, device and 16-bit type."""
+    return Unfinished(
+        folder, checkpoint=checkpoints.fingerprint(loaded.folder) if folder else "", images=images.digest,
+        device=loaded.device.type, dtype=str(dtype),
+    )  # fmt: skip
 
 
-def recommended(rows: list[dict], bits: int, count: int = 3) -> list[str]:
-    """The layers to keep first: those whose keeping lowers the KL most.
+def effects(rows: list[dict]) -> pd.DataFrame:
+    """What each part does to the KL, in both directions, on the same images; a row for each part, direction and width.
 
-    Only layers that lower it on the same images beyond noise: paired t-test, corrected for their number (Holm).
+    ``effect``: mean KL in nats that keeping the part saves (direction ``keep``: none kept minus this kept), or that quantizing
+    it alone costs (``only``: this quantized minus none quantized), with its 95% bootstrap interval. ``p``: paired t-test that it
+    is above 0, one-sided; ``p_corrected``: for the number of rows (Holm). ``verdict``: ``sensitive``, or NOISE.
     """
-    of_width = {row["kept"]: np.asarray(row["kl_by_image"]) for row in rows if row["bits"] == bits}
-    single = [name for name in of_width if name.startswith("layer ")]
-    p = intervals.holm([intervals.farther(of_width["none"], of_width[name]) for name in single])
-    lower = [name for name, found in zip(single, p, strict=True) if found < 1 - intervals.LEVEL]
-    return sorted(lower, key=lambda name: of_width[name].mean())[:count]
+    moved = {(row["bits"], row["kept"]): np.asarray(row["kl_by_image"]) for row in rows}
+    lines = []
+    for (bits, kept), kl in moved.items():
+        part = kept.removeprefix(ONLY)
+        if part.startswith(("layer ", "every ")):
+            only = kept.startswith(ONLY)
+            more, less = (kl, moved[bits, "all"]) if only else (moved[bits, "none"], kl)
+            effect, low, high = intervals.mean(more - less)
+            line = {"bits": bits, "direction": "only" if only else "keep", "part": part, "effect": effect}
+            lines.append(line | {"low": low, "high": high, "p": intervals.farther(more, less)})
+    columns = ["bits", "direction", "part", "effect", "low", "high", "p", "p_corrected", "verdict"]
+    table = pd.DataFrame(lines, columns=columns)
+    table["p_corrected"] = intervals.holm(table.p.tolist())
+    table["verdict"] = np.where(table.p_corrected < 1 - intervals.LEVEL, "sensitive", NOISE)
+    return table
+
+
+def recommended(table: pd.DataFrame, bits: int, count: int = 3) -> list[str]:
+    """The layers to keep first: those whose keeping lowers the KL most, of those that lower it beyond noise (``effects``)."""
+    chosen = table[(table.bits == bits) & (table.direction == "keep") & (table.verdict == "sensitive")]
+    whole = chosen[chosen.part.str.fullmatch(r"layer \d+")]
+    return list(whole.sort_values("effect", ascending=False).part[:count])
+
+
+def by_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """The effects of the kinds of Linears as people read them; empty if they were not measured."""
+    lines = [
+        {"bits": row.bits, "direction": row.direction, "part": row.part,
+         "effect, nats (95%)": f"{row.effect:.2g} ({row.low:.2g} to {row.high:.2g})", "in words": row.verdict}
+        for row in table[table.part.str.startswith("every ")].itertuples()
+    ]  # fmt: skip
+    return pd.DataFrame(lines)
 
 
 def table(rows: list[dict]) -> pd.DataFrame:
     """The rows without the raw values of single images."""
-    return pd.DataFrame(rows).drop(columns=["predicted", "kl_by_image"])
+    return pd.DataFrame(rows).drop(columns=list(RAW))
 
 
 def write_csv(rows: list[dict], path: Path) -> Path:

@@ -44,6 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     waterfall.add_argument("study", help="a study that names batch sizes for it")
     waterfall.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
 
+    plan = commands.add_parser(
+        "plan",
+        help="choose what to keep in 16 (or 8) bits within a budget of bytes, export it, and prove it on the test split",
+    )
+    plan.add_argument("study", nargs="?", default="embedded")
+    plan.add_argument("--name", help="its variants are plan:NAME-sdpa and so on (default: plus12 for --budget 0.12)")
+    plan.add_argument("--budget", type=float, default=0.12, help="bytes beyond uniform NF4, as a share (default: 0.12)")
+    plan.add_argument("--widths", type=int, nargs="+", default=[16], help="what may be kept: 16 (the default), or 8 16")
+
     show = commands.add_parser("show", help="print a record: what was asked, what ran, on what, with which versions")
     show.add_argument("record", help="a JSON file, or the name of a record of a study, such as evaluate-nf4-sdpa")
 
@@ -135,6 +144,12 @@ def _waterfall(args) -> None:
     print(f"vitnb: {waterfall.run(studies.load(args.study), args.device)}")
 
 
+def _plan(args) -> None:
+    from vitnb import planning, studies
+
+    print(f"vitnb: {planning.run(studies.load(args.study), args.name, args.budget, args.widths)}")
+
+
 def _show(args) -> None:
     from vitnb import show
 
@@ -158,7 +173,8 @@ def _variants(args) -> None:
 
     print("\n".join(variants.SOURCE))
     print(f"and every other weights-attention or weights-attention-engine: weights {', '.join(variants.CHECKPOINTS)}; "
-          f"attention {', '.join(variants.ATTENTIONS)}; engine {', '.join(variants.ENGINES)}")  # fmt: skip
+          f"attention {', '.join(variants.ATTENTIONS)}; engine {', '.join(variants.ENGINES)}; "
+          "and plan:NAME as weights, for a plan of a study: see 'vitnb plan'")  # fmt: skip
 
 
 def _pretrain(args) -> None:
@@ -184,6 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         "run": _run,
         "compare": _compare,
         "waterfall": _waterfall,
+        "plan": _plan,
         "show": _show,
         "report": _report,
         "check": _check,

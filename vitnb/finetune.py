@@ -103,13 +103,7 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
         merged.set_attn_implementation("sdpa")  # a name that transformers knows without this package
         merged.save_pretrained(part / "merged")
         for weights in ("nf4", "int8"):
-            settings = quantize.config(weights, quantize.keep(merged))
-            on = models.device()
-            small = checkpoints.read(
-                part / "merged", dtype=torch.bfloat16, quantization_config=settings, device_map={"": on}
-            )
-            quantize.check_counts(small, quantized=True)
-            quantize.forbid_packing(small).save_pretrained(part / weights)
+            save_quantized(part / "merged", part / weights, weights, quantize.keep(merged))
         for name in EXPORTS:
             processor.save_pretrained(part / name)
         if final.exists():
@@ -118,6 +112,33 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {name: checkpoints.disk_bytes(final / name) for name in EXPORTS}
+
+
+def save_quantized(merged: Path, folder: Path, weights: str, kept: list[str]) -> None:
+    """Quantize a full-precision checkpoint to ``nf4`` or ``int8``, but for the Linears ``kept`` (full names, the head among them),
+    and save it in ``folder``, without its preprocessing."""
+    settings = quantize.config(weights, kept)
+    small = checkpoints.read(
+        merged, dtype=torch.bfloat16, quantization_config=settings, device_map={"": models.device()}
+    )
+    head = quantize.head(small)
+    quantize.check_counts(small, quantized=True, planned={name: 16 for name in kept if name != head})
+    quantize.forbid_packing(small).save_pretrained(folder)
+
+
+def export_plan(study: studies.Study, name: str, kept: list[str]) -> Path:
+    """Write ``checkpoints/plan-NAME``, NF4 but for the Linears ``kept`` in 16 bits and the head, whole or not at all."""
+    merged, final = study.checkpoint("merged"), study.checkpoint(f"plan-{name}")
+    part = Path(tempfile.mkdtemp(prefix=f".plan-{name}-", dir=final.parent))
+    try:
+        save_quantized(merged, part, "nf4", kept)
+        checkpoints.processor(merged).save_pretrained(part)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return final
 
 
 def fingerprints(study: studies.Study) -> dict[str, str]:

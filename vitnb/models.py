@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vitnb import attention, checkpoints, engines, fp8, quantize, studies
+from vitnb import attention, checkpoints, engines, fp8, plans, quantize, studies
 from vitnb.errors import UserError, VariantError
 from vitnb.fused.vit import FusedViT
 from vitnb.variants import Variant
@@ -93,11 +93,19 @@ def load(
         UserError: the checkpoint is missing, a pickle or broken.
         VariantError: the variant cannot run on this machine, or not all that should be quantized was.
     """
-    folder = checkpoint or study.checkpoint(variant.checkpoint)
-    if not folder.is_dir():
-        raise UserError(
-            f"no checkpoint at {folder}: make it with 'python -m vitnb run finetune -p study {study.typed}'"
+    plan = plans.read(study, variant.plan) if variant.plan else None
+    if plan and variant.engine == "fused":
+        raise VariantError(
+            f"the fused engine takes uniform NF4 alone, and no plan: take the engine graph, {variant.weights}-{variant.attention}-graph"
         )
+    folder, made = (
+        checkpoint or study.checkpoint(variant.checkpoint),
+        f"python -m vitnb run finetune -p study {study.typed}",
+    )
+    if plan:
+        made = plans.command(study, plan.name)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {folder}: make it with '{made}'")
     on = on or device()
     launched = attention.launch(variant.attention, on)
     dtype = torch.float32 if variant.weights == "fp32" else half(on)
@@ -114,21 +122,19 @@ def load(
         output_loading_info=True,
     )
     if wrong := checkpoints.misfits(found):
-        raise UserError(f"{folder}: {wrong}: make it again with 'python -m vitnb run finetune -p study {study.typed}'")
+        raise UserError(f"{folder}: {wrong}: make it again with '{made}'")
     model.eval()
     for module in model.modules():
         if isinstance(module, quantize.bnb.nn.Linear4bit):
             module.compute_dtype = dtype
     quantize.forbid_packing(model, only_uneven=True)
     if variant.checkpoint != "merged" and not getattr(model.config, "quantization_config", None):
-        raise VariantError(
-            f"{folder} is not quantized: make it again with 'python -m vitnb run finetune -p study {study.typed}'"
-        )
+        raise VariantError(f"{folder} is not quantized: make it again with '{made}'")
     if variant.weights == "fp8":
         quantize.to_fp8(model)
     if variant.weights == "w8a8":
         quantize.all_activations(model)
-    quantized, kept = quantize.check_counts(model, variant.quantized)
+    quantized, kept = plan.apply(model, dtype) if plan else quantize.check_counts(model, variant.quantized)
     parameters = quantize.parameters(model)
     if variant.engine == "fused":
         with torch.inference_mode():

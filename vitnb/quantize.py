@@ -78,15 +78,22 @@ def parameters(model: nn.Module) -> int:
     )
 
 
-def check_counts(model: nn.Module, quantized: bool) -> tuple[int, int]:
-    """The counts, once it is sure that all Linears but the head are quantized, or none is; else VariantError."""
-    found = count(model)
-    total = sum(found)
-    wanted = (total - 1, 1) if quantized else (0, total)
+def check_counts(model: nn.Module, quantized: bool, planned: dict[str, int] | None = None) -> tuple[int, int]:
+    """The counts, once it is sure that all Linears but the head are quantized, or none is; else VariantError.
+
+    ``planned``: Linears that a plan has in 16 or 8 bits ({full name: bits}), the others being in 4; looked up one by one.
+    """
+    found, planned = count(model), planned or {}
+    total, kept = sum(found), sum(bits == 16 for bits in planned.values())
+    wanted = (total - 1 - kept, 1 + kept) if quantized else (0, total)
     if found != wanted or isinstance(linears(model)[head(model)], QUANTIZED):
         raise VariantError(
             f"{found[0]} Linears are quantized and {found[1]} kept; expected {wanted[0]} and {wanted[1]}, the head kept"
         )
+    modules, kinds = linears(model), {16: nn.Linear, 8: bnb.nn.Linear8bitLt}
+    for name, bits in planned.items():
+        if type(modules.get(name)) is not kinds[bits]:
+            raise VariantError(f"the plan has {name} in {bits} bits, and the model does not: make the plan again")
     return found
 
 

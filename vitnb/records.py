@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +61,7 @@ class Run:
         self.variant = variants.get(asked["variant"]) if asked.get("variant") else None
         self.name = self._name(notebook, study, asked)
         self.path = study.outputs / "records" / f"{self.name}.json"
+        self.unfinished = study.outputs / "unfinished" / self.name  # see ``unfinished``
         if notebook == "evaluate":
             self.batch_sizes = asked["batch_sizes"] = study.sizes(asked.get("batch_size"))
         self.record = {
@@ -81,12 +84,16 @@ class Run:
         """
         parts = [notebook]
         if notebook == "evaluate":
-            parts += [asked["variant"]] + [f"b{asked['batch_size']}"] * bool(asked.get("batch_size"))
+            parts += [variants.get(asked["variant"]).file] + [f"b{asked['batch_size']}"] * bool(asked.get("batch_size"))
             parts += [asked.get("device")] * bool(asked.get("device"))
         elif notebook == "infer":
-            parts += [asked["variant"]] * (asked["variant"] != study.infer_variant)
+            parts += [variants.get(asked["variant"]).file] * (asked["variant"] != study.infer_variant)
             if asked.get("images"):
                 parts.append(Path(asked["images"]).expanduser().resolve().name)
+        elif notebook == "ablate":
+            parts += [asked["by"]] * (asked.get("by", "layer") != "layer")
+        elif notebook == "plan":
+            parts.append(asked["name"])
         return "-".join(parts)
 
     def keep(self, kind: str, values: np.ndarray) -> str:
@@ -97,7 +104,11 @@ class Run:
 
     def save(self, **found) -> dict:
         """Write the record, with its findings, and return it as it was written."""
-        return self._write({"status": "ok", "reason": ""} | found)
+        written = self._write({"status": "ok", "reason": ""} | found)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        with suppress(OSError):  # it is missing, or another measurement has something in it
+            self.unfinished.parent.rmdir()
+        return written
 
     def fail(self, error: BaseException) -> dict:
         """Write a record without findings that says why the variant has none."""

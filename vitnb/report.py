@@ -16,10 +16,12 @@ from vitnb import (
     advice,
     claims,
     compare,
+    depth,
     duplicates,
     figures,
     ladders,
     memory,
+    proof,
     records,
     studies,
     summary,
@@ -147,8 +149,12 @@ def write(study: studies.Study) -> Path:
         raise UserError(
             f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.typed}' first"
         )
-    finetuned, ablated, inferred, turns = (_one(found, name) for name in ("finetune", "ablate", "infer", "compare"))
+    finetuned, inferred, turns = (_one(found, name) for name in ("finetune", "infer", "compare"))
+    # By layer or by Linear, which holds the layers too: the newest.
+    ablated = next((r for r in reversed(found) if r["notebook"] == "ablate" and r["status"] == "ok"), None)
     based, fallen = (_one(found, name) for name in ("pretrain", "waterfall"))
+    planned, old_plans = proof.current(found, finetuned)
+    effects = ablate.effects(ablated["rows"]) if ablated else None
     current = set(table[table.status == "ok"].record)
     evaluated = [record for record in found if record["name"] in current]
     every = compare.ratios(turns) if turns else pd.DataFrame(columns=compare.RATIO_COLUMNS)
@@ -166,19 +172,29 @@ def write(study: studies.Study) -> Path:
         pictures["learning"] = figures.learning_curve(finetuned["history"])
     if ablated:
         pictures |= {"layers": figures.ablation_layers(ablated["rows"]), "ends": figures.ablation_ends(ablated["rows"])}
+        pictures["effects"] = figures.layer_effects(effects)
+    for record in planned:
+        pictures |= {
+            f"curve {record['name']}": figures.plan_curve(record),
+            f"map {record['name']}": figures.linears_map(record),
+        }
     if based:
         pictures["base"] = figures.pretraining_curve(based["history"])
     if fallen:
         pictures["waterfall"] = figures.waterfall(fallen)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
-    keep = {bits: ablate.recommended(ablated["rows"], bits) for bits in study.ablate_bits} if ablated else {}
+    widths = sorted(effects.bits.unique().tolist()) if ablated else []
+    keep = {bits: ablate.recommended(effects, bits) for bits in widths}
+    plans = [{"record": r, "told": proof.told(r), "kept": proof.kept(r), "traded": proof.shown(r)} for r in planned]
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
         advice=pd.DataFrame(advice.recommendation(table, ratios, answers)), same_kernel=advice.not_comparable(table),
         raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), agreed=agreed(turns), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
         verdicts=summary.verdicts(study, summary.results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
-        keep=keep, based=based, fallen=fallen, techniques=ladders.TOLD,
+        keep=keep, kinds=ablate.by_kind(effects) if ablated else None,
+        depths=depth.answers(ablated["rows"], widths) if ablated else [], plans=plans, old_plans=old_plans,
+        based=based, fallen=fallen, techniques=ladders.TOLD,
         doubles=duplicates.told(finetuned["duplicates"]) if finetuned and "duplicates" in finetuned else "",
         scored=next((record.get("split", "test") for record in evaluated), "test"),
         stepped=stepped(waterfall.table(fallen)) if fallen else None, records=found, newest=found[-1], MB=summary.MB,
@@ -186,6 +202,10 @@ def write(study: studies.Study) -> Path:
     _csv(study.outputs / "summary.csv", table)
     _csv(study.outputs / "accuracy.csv", answers)
     _csv(study.outputs / "claims.csv", claimed)
+    if ablated:
+        _csv(study.outputs / "sensitivity.csv", effects)
+    for record in planned:
+        _csv(study.outputs / f"{record['name']}.csv", proof.trade_off(record["curve"], record["plan"]["uniform_bytes"]))
     records.write_whole(study.outputs / "report.html", html)
     return study.outputs / "report.html"
 

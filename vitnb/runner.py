@@ -83,7 +83,7 @@ def run(name: str, given: list[tuple[str, str]], allow_failed: bool = False) -> 
     parameters, asked = parse(path, given)
     study = studies.load(asked["study"])
     label = "-".join([name, *(str(Path(str(v)).name) for k, v in parameters.items() if k != "study")])
-    output = study.outputs / "notebooks" / f"{label}.ipynb"
+    output = study.outputs / "notebooks" / f"{label.replace(':', '-')}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"vitnb: {label} of study {study.name}", flush=True)
     # The kernel must import the same vitnb, also where it is not installed.

@@ -88,6 +88,9 @@ class Study:
     waterfall: list[int] = field(default_factory=list)  # batch sizes of the waterfall (see ``waterfall``); empty: none
     infer_variant: str = "nf4-sdpa"
     ablate_bits: list[int] = field(default_factory=lambda: [4, 8])
+    plans: dict[str, float] = field(
+        default_factory=dict
+    )  # name of a plan -> bytes beyond uniform NF4, as a share (``planning``)
     pretrain: Pretrain | None = None
     finetune: Finetune = Finetune()
     latency: Latency = Latency()
@@ -158,7 +161,10 @@ def _check(study: Study, path: Path) -> None:
     if not study.variants:
         raise UserError(f"{path}: variants must name at least one")
     for name in [*study.variants, study.infer_variant]:
-        variants.get(name)
+        if (plan := variants.get(name).plan) and plan not in study.plans:
+            raise UserError(
+                f"{path}: '{name}' is of a plan that is not made here: add it, such as 'plans: {{{plan}: 0.12}}'"
+            )
     for name in study.peers:
         if name not in PEERS:
             raise UserError(f"{path}: unknown peer '{name}': {nearest(name, PEERS)}")
@@ -168,6 +174,11 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: waterfall must hold positive whole numbers, batch sizes, got {study.waterfall}")
     if not set(study.ablate_bits) <= {4, 8}:
         raise UserError(f"{path}: ablate_bits may hold 4 and 8, got {study.ablate_bits}")
+    for name, share in study.plans.items():
+        if not variants.PLAN_NAME.fullmatch(name) or not 0 < share <= 10:
+            raise UserError(
+                f"{path}: plans: a name of letters and digits, and a share of bytes such as 0.12, got '{name}: {share}'"
+            )
     if bool(study.base) == bool(study.pretrain):
         both = "has base and pretrain: leave one out" if study.base else "lacks base, or pretrain to make one"
         raise UserError(f"{path}: {both}")

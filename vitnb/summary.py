@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from vitnb import accuracy, latency, records, roofline, studies, variants
+from vitnb import accuracy, latency, proof, records, roofline, studies, variants
 
 MB = 2**20  # megabytes are 2^20 bytes everywhere, as in the source study
 COLUMNS = [
@@ -22,14 +22,30 @@ def device(record: dict) -> str:
     return record["machine"]["gpu"] if on == "cuda" else record["machine"]["cpu"]
 
 
+def with_plans(training: dict | None, found: list[dict]) -> dict | None:
+    """A study's finetune record, with the exports of the plans that were made for its model beside its own."""
+    if not training or training["status"] != "ok":
+        return training
+    sums = dict(training["checkpoint_sha256"])
+    for record in found:
+        if (
+            record["notebook"] == "plan"
+            and record["status"] == "ok"
+            and record["plan"]["merged_sha256"] == sums["merged"]
+        ):
+            sums[f"plan-{record['plan']['name']}"] = record["checkpoint_sha256"]
+    return training | {"checkpoint_sha256": sums}
+
+
 def stale(record: dict, training: dict | None) -> str:
-    """Why a record does not belong to the newest fine-tuning, or nothing if it does."""
+    """Why a record does not belong to the newest fine-tuning, or plan, or nothing if it does; see ``with_plans``."""
     if record["status"] != "ok" or not training or training["status"] != "ok":
         return ""
     name = variants.get(record["asked"]["variant"]).checkpoint
-    if record["checkpoint_sha256"] == training["checkpoint_sha256"][name]:
+    if record["checkpoint_sha256"] == training["checkpoint_sha256"].get(name):
         return ""
-    return "measured on another checkpoint than the newest finetune record made: measure it again"
+    made = "plan" if name.startswith("plan-") else "finetune"
+    return f"measured on another checkpoint than the newest {made} record made: measure it again"
 
 
 def rows(record: dict, training: dict | None = None) -> list[dict]:
@@ -89,7 +105,7 @@ def _traced(trace: dict) -> dict:
 def table(study: studies.Study) -> pd.DataFrame:
     """One row for each variant, batch size and device measured so far, in the registry's order; the newest record counts."""
     found, everything = {}, records.load(study)
-    training = next((r for r in everything if r["name"] == "finetune"), None)
+    training = with_plans(next((r for r in everything if r["name"] == "finetune"), None), everything)
     for record in everything:
         if record["notebook"] == "evaluate":
             found |= {(row["variant"], row["batch_size"], row["device"]): row for row in rows(record, training)}
@@ -142,6 +158,8 @@ def results(study: studies.Study) -> dict[str, float]:
             found |= evaluated(record)
         elif record["notebook"] == "ablate":
             found |= ablated(record)
+        elif record["notebook"] == "plan":
+            found |= planned(record)
     baseline = found.get(f"{variants.BASELINE} top1")
     for name in variants.REGISTRY:
         if baseline is not None and f"{name} top1" in found and name != variants.BASELINE:
@@ -173,3 +191,9 @@ def ablated(record: dict) -> dict[str, float]:
     """Named results of an ablate record: KL of full quantization, and that of none (the 16-bit control)."""
     rows = {(row["bits"], row["kept"]): row["kl"] for row in record["rows"]}
     return {f"{bits}-bit {kept} kept KL": value for (bits, kept), value in rows.items() if kept in ("none", "all")}
+
+
+def planned(record: dict) -> dict[str, float]:
+    """Named results of a plan record, on the test split; see ``proof.proven``."""
+    found, name = proof.proven(record), record["plan"]["name"]
+    return {f"plan {name} KL cut": found["cut"], f"plan {name} random plans beaten": found["beaten"] / found["random"]}

@@ -5,6 +5,7 @@ The five variants of the source study keep their names: ``fp32-sdpa`` (the basel
 in 16 bits, and PyTorch's own choice of attention is often a flash kernel already.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,6 +15,8 @@ from vitnb.errors import UserError, nearest
 CHECKPOINTS = {"fp32": "merged", "bf16": "merged", "nf4": "nf4", "int8": "int8", "w8a8": "int8", "fp8": "merged"}
 ATTENTIONS = ("sdpa", "math", "fa2", "eager", "mem-efficient", "flash", "cudnn")
 ENGINES = ("eager", "graph", "compile", "fused")
+PLAN = "plan:"  # begins the weights that a plan describes
+PLAN_NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.]*")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Variant:
 
     weights: ``fp32``, ``bf16`` (16-bit: fp16 on GPUs below SM80), ``nf4`` (4-bit NormalFloat with double quantization,
         QLoRA, arXiv:2305.14314), ``int8`` (LLM.int8 with outlier threshold 6, arXiv:2208.07339), ``w8a8`` (the same int8
-        weights with every activation in int8, threshold 0) or ``fp8`` (float8 e4m3 weights and activations, one scale a row).
+        weights with every activation in int8, threshold 0), ``fp8`` (float8 e4m3 weights and activations, one scale a row) or
+        ``plan:NAME`` (NF4 but for what the study's plan of this name keeps in 16 or 8 bits: see ``plans``).
     attention: ``sdpa`` (PyTorch's own choice), ``math`` (the reference), ``fa2`` (FlashAttention-2; PyTorch's own flash
         kernel where flash-attn cannot be had), ``eager``, ``mem-efficient``, ``flash`` or ``cudnn``: see ``attention``.
     engine: how the forward is launched: ``eager`` (operator by operator), ``graph`` (CUDA graphs), ``compile``
@@ -39,13 +43,23 @@ class Variant:
         return f"{self.weights}-{self.attention}" + (f"-{self.engine}" if self.engine != "eager" else "")
 
     @property
+    def file(self) -> str:
+        """The name in file names: not every system takes a colon."""
+        return self.name.replace(":", "-")
+
+    @property
     def quantized(self) -> bool:
         return self.weights not in ("fp32", "bf16")
 
     @property
+    def plan(self) -> str:
+        """The name of the plan that says what is kept, or nothing."""
+        return self.weights.removeprefix(PLAN) if self.weights.startswith(PLAN) else ""
+
+    @property
     def checkpoint(self) -> str:
         """The folder under ``checkpoints/`` that holds this variant's weights."""
-        return CHECKPOINTS[self.weights]
+        return f"plan-{self.plan}" if self.plan else CHECKPOINTS[self.weights]
 
 
 BASELINE = "fp32-sdpa"
@@ -59,7 +73,18 @@ REGISTRY = {name: _EVERY[name] for name in (*SOURCE, *_EVERY)}
 
 
 def get(name: str) -> Variant:
-    """Return the variant called ``name``; raises UserError with the nearest right name."""
+    """Return the variant called ``name``; raises UserError with the nearest right name.
+
+    A plan's variant enters the registry when it is first named, after all others: which plans there are is for the studies to say.
+    """
+    if name not in REGISTRY and str(name).startswith(PLAN):
+        plan, _, rest = name.removeprefix(PLAN).partition("-")
+        like = _EVERY.get(f"nf4-{rest}")
+        if not like or not PLAN_NAME.fullmatch(plan):
+            raise UserError(
+                f"unknown variant '{name}': a plan's is plan:NAME-attention or plan:NAME-attention-engine, such as plan:NAME-sdpa"
+            )
+        REGISTRY[name] = Variant(PLAN + plan, like.attention, like.engine)
     if name not in REGISTRY:
         raise UserError(f"unknown variant '{name}': {nearest(name, REGISTRY)}")
     return REGISTRY[name]

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vitnb import kernels, taxonomy, variants
-from vitnb.figures.style import PALETTE
+from vitnb.figures.style import palette
 
 CLASS_COLOURS = dict(zip(taxonomy.CLASSES, [*sns.color_palette("deep", len(taxonomy.CLASSES) - 1), "0.7"], strict=True))
 
@@ -25,7 +25,7 @@ def operators(record: dict, count: int = 10) -> Figure:
     longest = pd.Series(trace["operators_ms"]).head(count)
     longest.index = longest.index.str.replace("aten::", "").str.slice(0, 40)
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    sns.barplot(x=longest.values, y=longest.index, color=PALETTE[record["asked"]["variant"]], ax=axis)
+    sns.barplot(x=longest.values, y=longest.index, color=palette()[record["asked"]["variant"]], ax=axis)
     axis.set(
         title=f"Where a forward goes: {record['asked']['variant']}, batch {trace['batch_size']}",
         xlabel="own time (ms)",

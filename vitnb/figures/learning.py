@@ -52,7 +52,7 @@ def ablation_layers(rows: list[dict]) -> Figure:
     )
     for column, bits in zip(axes.T, widths, strict=True):
         group = table[table.bits == bits].set_index("kept")
-        single = group[group.index.str.startswith("layer ")]
+        single = group[group.index.str.fullmatch(r"layer \d+")]
         layer = single.index.str.removeprefix("layer ").astype(int)
         for axis, y, label in zip(
             column, ("kl", "top1"), ("KL to full precision (nats)", "validation top-1"), strict=True

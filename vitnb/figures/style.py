@@ -1,5 +1,7 @@
 """What all figures share: colours and markers of the variants, seaborn's theme, and how panels stand."""
 
+from functools import cache
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -8,13 +10,23 @@ from matplotlib.figure import Figure
 from vitnb import variants
 
 _SOURCE = dict(zip(variants.SOURCE, sns.color_palette("colorblind", len(variants.SOURCE)), strict=True))
-_HUES = dict(zip(variants.CHECKPOINTS, sns.color_palette("dark", len(variants.CHECKPOINTS)), strict=True))
-# The source study's variants have colours of their own; the others that of their weights, lighter from engine to engine.
-PALETTE = {
-    name: _SOURCE.get(name) or sns.light_palette(_HUES[v.weights], 7)[6 - variants.ENGINES.index(v.engine)]
-    for name, v in variants.REGISTRY.items()
-}
+_KINDS = [*variants.CHECKPOINTS, variants.PLAN]
+_HUES = dict(zip(_KINDS, sns.color_palette("dark", len(_KINDS)), strict=True))
 MARKERS = {"sdpa": "o", "fa2": "^", "math": "s", "eager": "X", "mem-efficient": "D", "flash": "v", "cudnn": "P"}
+
+
+@cache
+def _colour(variant: variants.Variant) -> tuple:
+    """The source study's variants have colours of their own; the others that of their weights, lighter from engine to engine."""
+    hue = _HUES[variants.PLAN if variant.plan else variant.weights]
+    return _SOURCE.get(variant.name) or sns.light_palette(hue, 7)[6 - variants.ENGINES.index(variant.engine)]
+
+
+def palette() -> dict[str, tuple]:
+    """The colour of every variant, by name; those of plans are known once they are named."""
+    return {name: _colour(variant) for name, variant in variants.REGISTRY.items()}
+
+
 sns.set_theme(
     style="whitegrid", context="notebook", rc={"figure.dpi": 90, "savefig.bbox": "tight", "axes.titleweight": "bold"}
 )

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from vitnb import latency, variants
 from vitnb import summary as summaries
-from vitnb.figures.style import MARKERS, PALETTE, panels
+from vitnb.figures.style import MARKERS, palette, panels
 
 
 def _scatter(
@@ -32,7 +32,7 @@ def _scatter(
             hue="variant",
             style="attention",
             markers=MARKERS,
-            palette=PALETTE,
+            palette=palette(),
             s=130,
             ax=axis,
             legend=False,
@@ -46,7 +46,7 @@ def _scatter(
         )
     shown = points.drop_duplicates("variant")
     points_of = [
-        Line2D([], [], color=PALETTE[v], marker=MARKERS[a], linestyle="", markersize=9, label=v)
+        Line2D([], [], color=palette()[v], marker=MARKERS[a], linestyle="", markersize=9, label=v)
         for v, a in zip(shown.variant, shown.attention, strict=True)
     ]
     line = [Line2D([], [], color="0.5", linestyle="--", label="Pareto front")] * front
@@ -113,7 +113,7 @@ def latency_distribution(records: list[dict]) -> Figure:
             y="variant",
             x="ms",
             hue="variant",
-            palette=PALETTE,
+            palette=palette(),
             whis=(5, 95),
             showfliers=False,
             ax=axis,

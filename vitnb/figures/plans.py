@@ -1,0 +1,109 @@
+"""Sensitivity of parts, and what bytes buy: the trade-off curve of plans."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from vitnb import proof
+
+NATS = "KL to full precision (nats)"
+COLOURS = {"kept in 16 bits": "#0173b2", "kept in 8 or 16 bits": "#029e73"}
+
+
+def layer_effects(effects: pd.DataFrame) -> Figure:
+    """What each layer does to the KL in both directions, with 95% intervals, a panel a width; hollow: inside the noise."""
+    whole = effects[effects.part.str.fullmatch(r"layer \d+")]
+    widths = sorted(whole.bits.unique())
+    figure, axes = plt.subplots(1, len(widths), figsize=(5.6 * len(widths), 3.6), squeeze=False, layout="constrained")
+    labels = {"keep": "saved by keeping it alone", "only": "cost of quantizing it alone"}
+    for axis, bits in zip(axes[0], widths, strict=True):
+        for shift, (direction, label), colour in zip(
+            (-0.12, 0.12), labels.items(), ("#0173b2", "#de8f05"), strict=True
+        ):
+            rows = whole[(whole.bits == bits) & (whole.direction == direction)]
+            at = rows.part.str.removeprefix("layer ").astype(int) + shift
+            axis.errorbar(
+                at, rows.effect, (rows.effect - rows.low, rows.high - rows.effect), fmt="none", ecolor=colour, alpha=0.6
+            )
+            filled = (rows.verdict == "sensitive").to_numpy()
+            axis.scatter(
+                at, rows.effect, s=45, edgecolor=colour, color=np.where(filled, colour, "white"), label=label, zorder=3
+            )
+        axis.axhline(0, color="0.4", lw=1)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set(title=f"{bits}-bit", xlabel="layer", ylabel=NATS)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def linears_map(record: dict) -> Figure:
+    """KL that quantizing every Linear alone costs, block by kind, from a plan's record; what the plan keeps has a frame."""
+    plain = next(row["kl_by_image"] for row in record["curve"] if row["name"] == "16 bits everywhere")
+    rows = []
+    for linear, kl in record["alone"].items():
+        layer, kind = record["parts"][linear].removeprefix("layer ").split(" ", 1)
+        rows.append(
+            {
+                "layer": int(layer),
+                "kind": kind,
+                "cost": np.mean(kl) - np.mean(plain),
+                "kept": linear in record["plan"]["widths"],
+            }
+        )
+    table, kinds = pd.DataFrame(rows), list(dict.fromkeys(row["kind"] for row in rows))
+    grid = table.pivot(index="kind", columns="layer", values="cost").reindex(kinds)
+    figure, axis = plt.subplots(figsize=(1.6 + 0.5 * grid.shape[1], 3), layout="constrained")
+    sns.heatmap(grid.clip(lower=0), cmap="mako_r", ax=axis, cbar_kws={"label": NATS})
+    for row in table[table.kept].itertuples():
+        axis.add_patch(plt.Rectangle((row.layer, kinds.index(row.kind)), 1, 1, fill=False, edgecolor="#d55e00", lw=2))
+    axis.set(title="Quantized alone to NF4 (framed: kept by the plan)", ylabel="")
+    return figure
+
+
+def plan_curve(record: dict) -> Figure:
+    """KL against bytes: on validation images, every budget, measured and predicted; on test images, the plan among random ones."""
+    plan = record["plan"]
+    curve = proof.trade_off(record["curve"], plan["uniform_bytes"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), layout="constrained", width_ratios=(3, 2))
+    for name, rows in curve[curve.curve != ""].groupby("curve", sort=False):
+        rows = pd.concat([curve[:1], rows])  # every curve begins at uniform NF4
+        left.plot(rows.extra, rows.predicted_kl, ":", color=COLOURS[name], lw=1)
+        spread = (rows.kl - rows.low, rows.high - rows.kl)
+        left.errorbar(rows.extra, rows.kl, spread, fmt="o-", ms=5, color=COLOURS[name], label=name)
+    for row, marker in zip(curve[curve.curve == ""].itertuples(), "sD^v", strict=True):
+        left.errorbar(
+            [row.extra],
+            [row.kl],
+            [[row.kl - row.low], [row.high - row.kl]],
+            fmt=marker,
+            ms=8,
+            color="0.35",
+            label=row.name,
+        )
+    left.plot([], [], ":", color="0.4", label="predicted: costs add")
+    left.axvline(plan["budget"], color="#d55e00", lw=1, ls="--", label="the plan's budget")
+    left.set(title="Chosen: validation images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
+    left.xaxis.set_major_formatter(lambda value, _: f"+{value:.0%}")
+    left.legend(fontsize=8)
+    tested = proof.trade_off(record["proof"], plan["uniform_bytes"]).set_index("name")
+    chance = tested[tested.index.str.startswith("random ")]
+    right.scatter(chance.extra, chance.kl, s=28, color="0.6", label=f"{len(chance)} random plans")
+    for name, marker, colour in (("uniform NF4", "s", "0.35"), ("plan", "o", "#d55e00")):
+        row = tested.loc[name]
+        label = f"plan {plan['name']}" if name == "plan" else name
+        right.errorbar(
+            [row.extra],
+            [row.kl],
+            [[row.kl - row.low], [row.high - row.kl]],
+            fmt=marker,
+            ms=8,
+            color=colour,
+            label=label,
+        )
+    right.set(title="Proven: test images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
+    right.xaxis.set_major_formatter(lambda value, _: f"+{value:.1%}")
+    right.margins(x=0.2)
+    right.legend(fontsize=8)
+    return figure
