@@ -223,7 +223,8 @@ def test_what_cannot_be_had_ends_in_one_line(planned, mini_yaml, capsys):
     moved = planned.checkpoint("plan-wide")
     moved.rename(moved.with_name("elsewhere"))
     with pytest.raises(
-        UserError, match=r"no checkpoint at .*plan-wide: make it with 'python -m vitnb plan .* --name wide'"
+        UserError,
+        match=r"no checkpoint at .*plan-wide: make it with 'python -m vitnb plan .* --name wide --budget 0.4'",
     ):
         models.load(planned, variants.get("plan:wide-sdpa"))
     moved.with_name("elsewhere").rename(moved)
@@ -280,6 +281,8 @@ def test_a_plan_through_the_notebooks_and_the_report(planned, mini_yaml):
         record(planned, "wide")["curve"]
     )
     figures.linears_map(record(planned, "wide"))
+    fresh, old = proof.current([record(planned, "wide")], {"checkpoint_sha256": {"merged": "of another fine-tuning"}})
+    assert fresh == [] and [plan["name"] for plan in old] == ["wide"]
     plt.close("all")
 
 

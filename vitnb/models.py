@@ -98,12 +98,8 @@ def load(
         raise VariantError(
             f"the fused engine takes uniform NF4 alone, and no plan: take the engine graph, {variant.weights}-{variant.attention}-graph"
         )
-    folder, made = (
-        checkpoint or study.checkpoint(variant.checkpoint),
-        f"python -m vitnb run finetune -p study {study.typed}",
-    )
-    if plan:
-        made = plans.command(study, plan.name)
+    folder = checkpoint or study.checkpoint(variant.checkpoint)
+    made = plans.command(study, plan) if plan else f"python -m vitnb run finetune -p study {study.typed}"
     if not folder.is_dir():
         raise UserError(f"no checkpoint at {folder}: make it with '{made}'")
     on = on or device()

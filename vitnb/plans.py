@@ -59,9 +59,13 @@ def path(study: studies.Study, name: str) -> Path:
     return study.outputs / "plans" / f"{name}.json"
 
 
-def command(study: studies.Study, name: str) -> str:
-    """The command that makes a plan, for messages."""
-    return f"python -m vitnb plan {study.typed} --name {name}"
+def command(study: studies.Study, plan: Plan | str) -> str:
+    """The command that makes a plan, or one of this name, for messages."""
+    if isinstance(plan, Plan):
+        eight = " --widths 8 16" if plan.of(8) else ""
+        return f"python -m vitnb plan {study.typed} --name {plan.name} --budget {plan.budget:g}{eight}"
+    share = f" --budget {study.plans[plan]:g}" if plan in study.plans else ""
+    return f"python -m vitnb plan {study.typed} --name {plan}{share}"
 
 
 def write(study: studies.Study, plan: Plan) -> Path:

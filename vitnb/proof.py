@@ -107,9 +107,9 @@ def shown(record: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def current(found: list[dict], finetuned: dict | None) -> tuple[list[dict], list[str]]:
-    """The plan records that belong to the newest fine-tuning, and the names of plans that do not."""
+def current(found: list[dict], finetuned: dict | None) -> tuple[list[dict], list[dict]]:
+    """The plan records that belong to the newest fine-tuning, and the plans that do not."""
     every = [record for record in found if record["notebook"] == "plan" and record["status"] == "ok"]
     merged = finetuned["checkpoint_sha256"]["merged"] if finetuned else None
     fresh = [record for record in every if merged in (None, record["plan"]["merged_sha256"])]
-    return fresh, [record["plan"]["name"] for record in every if record not in fresh]
+    return fresh, [record["plan"] for record in every if record not in fresh]
