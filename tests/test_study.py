@@ -242,7 +242,8 @@ def test_show_prints_where_a_number_came_from(done):
     assert (
         lines["asked.variant"] == "nf4-fa2" and lines["traces[0].attention_ran"] == record["traces"][0]["attention_ran"]
     )
-    assert lines["timings[0].host_ms"].startswith("[24 values, ")
+    samples = len(record["timings"][0]["host_ms"])  # 24, or fewer where another program slows the machine down
+    assert lines["timings[0].host_ms"].startswith(f"[{samples} values, ") and 20 <= samples <= 24
     for name, text in (
         ("evaluate-nf4-fa", "no record"),
         (str(done / "summary.json"), "no record at"),
