@@ -32,7 +32,7 @@ def test_adapters_and_head_are_trained_and_nothing_else(mini, shapes, precision)
     assert len(head) == 2 and len(adapters) == 2 * 18
     assert changed == head | adapters
     counts = finetune.trained(model)
-    assert counts["head"] == 64 * 4 + 4
+    assert counts["head"] == 64 * 4 + 4 and counts["linears"] == 3 * 6
     inputs_and_outputs = 4 * (64 + 64) + (64 + 128) + (128 + 64)
     assert counts["adapters"] == 3 * 8 * inputs_and_outputs
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from vitnb import bases, checkpoints, models, quantize, studies
@@ -76,10 +77,13 @@ def with_adapters(
 
 
 def trained(model: nn.Module) -> dict[str, int]:
-    """How many parameters are trained, in the adapters and in the head, and how many there are."""
+    """How many parameters are trained, in the adapters and in the head, and how many there are; and linears: Linears with an adapter."""
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     adapters = sum(size for name, size in sizes.items() if "lora_" in name)
-    return {"adapters": adapters, "head": sum(sizes.values()) - adapters, "all": model.get_nb_trainable_parameters()[1]}
+    return {
+        "adapters": adapters, "head": sum(sizes.values()) - adapters, "all": model.get_nb_trainable_parameters()[1],
+        "linears": sum(isinstance(module, LoraLayer) for module in model.modules()),
+    }  # fmt: skip
 
 
 def merge(model: PeftModel, study: studies.Study, class_names: list[str]) -> nn.Module:
