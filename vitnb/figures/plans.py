@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitnb import proof
@@ -62,6 +63,12 @@ def linears_map(record: dict) -> Figure:
     return figure
 
 
+def _point(axis: Axes, row, marker: str, colour: str, label: str) -> None:
+    """One choice of a trade-off (a row of ``proof.trade_off``): its KL at its bytes, with the 95% interval."""
+    spread = [[row.kl - row.low], [row.high - row.kl]]
+    axis.errorbar([row.extra], [row.kl], spread, fmt=marker, ms=8, color=colour, label=label)
+
+
 def plan_curve(record: dict) -> Figure:
     """KL against bytes: on validation images, every budget, measured and predicted; on test images, the plan among random ones."""
     plan = record["plan"]
@@ -73,15 +80,7 @@ def plan_curve(record: dict) -> Figure:
         spread = (rows.kl - rows.low, rows.high - rows.kl)
         left.errorbar(rows.extra, rows.kl, spread, fmt="o-", ms=5, color=COLOURS[name], label=name)
     for row, marker in zip(curve[curve.curve == ""].itertuples(), "sD^v", strict=True):
-        left.errorbar(
-            [row.extra],
-            [row.kl],
-            [[row.kl - row.low], [row.high - row.kl]],
-            fmt=marker,
-            ms=8,
-            color="0.35",
-            label=row.name,
-        )
+        _point(left, row, marker, "0.35", row.name)
     left.plot([], [], ":", color="0.4", label="predicted: costs add")
     left.axvline(plan["budget"], color="#d55e00", lw=1, ls="--", label="the plan's budget")
     left.set(title="Chosen: validation images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
@@ -91,17 +90,7 @@ def plan_curve(record: dict) -> Figure:
     chance = tested[tested.index.str.startswith("random ")]
     right.scatter(chance.extra, chance.kl, s=28, color="0.6", label=f"{len(chance)} random plans")
     for name, marker, colour in (("uniform NF4", "s", "0.35"), ("plan", "o", "#d55e00")):
-        row = tested.loc[name]
-        label = f"plan {plan['name']}" if name == "plan" else name
-        right.errorbar(
-            [row.extra],
-            [row.kl],
-            [[row.kl - row.low], [row.high - row.kl]],
-            fmt=marker,
-            ms=8,
-            color=colour,
-            label=label,
-        )
+        _point(right, tested.loc[name], marker, colour, f"plan {plan['name']}" if name == "plan" else name)
     right.set(title="Proven: test images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
     right.xaxis.set_major_formatter(lambda value, _: f"+{value:.1%}")
     right.margins(x=0.2)
