@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitnb import proof
+from vitnb.figures.style import panels
 
 NATS = "KL to full precision (nats)"
 COLOURS = {"kept in 16 bits": "#0173b2", "kept in 8 or 16 bits": "#029e73"}
@@ -17,9 +18,9 @@ def layer_effects(effects: pd.DataFrame) -> Figure:
     """What each layer does to the KL in both directions, with 95% intervals, a panel a width; hollow: inside the noise."""
     whole = effects[effects.part.str.fullmatch(r"layer \d+")]
     widths = sorted(whole.bits.unique())
-    figure, axes = plt.subplots(1, len(widths), figsize=(5.6 * len(widths), 3.6), squeeze=False, layout="constrained")
+    figure, axes = panels(len(widths), height=3.6)
     labels = {"keep": "saved by keeping it alone", "only": "cost of quantizing it alone"}
-    for axis, bits in zip(axes[0], widths, strict=True):
+    for axis, bits in zip(axes, widths, strict=True):
         for shift, (direction, label), colour in zip(
             (-0.12, 0.12), labels.items(), ("#0173b2", "#de8f05"), strict=True
         ):
