@@ -24,12 +24,12 @@ from vitnb import (
 )
 from vitnb.budget import Costs
 from vitnb.errors import UserError
+from vitnb.proof import BF16, ENDS, INT8, NF4
 from vitnb.switchboard import PLAIN, Switchboard, Walk
 
 BUDGETS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0)  # of the curve: bytes beyond uniform NF4, as a share of it
 ALLOWED = {"kept in 16 bits": [16], "kept in 8 or 16 bits": [8, 16]}  # the curves
 RANDOM_PLANS = 20
-NF4, INT8, BF16, ENDS = "uniform NF4", "uniform int8", "16 bits everywhere", "first and last in 16 bits"
 
 
 def called(share: float, widths: list[int]) -> str:

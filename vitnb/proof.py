@@ -6,6 +6,12 @@ import pandas as pd
 from vitnb import intervals
 
 BAR = 0.25  # a plan should cut at least this share of uniform NF4's KL, and beat every random plan
+NF4, INT8, BF16, ENDS = (
+    "uniform NF4",
+    "uniform int8",
+    "16 bits everywhere",
+    "first and last in 16 bits",
+)  # names of rows that no budget chose
 COLUMNS = [
     "name",
     "curve",
@@ -54,7 +60,7 @@ def proven(record: dict) -> dict:
         the curve, on validation images, and its bytes); images.
     """
     by_name = {row["name"]: np.asarray(row["kl_by_image"]) for row in record["proof"]}
-    nf4, plan = by_name["uniform NF4"], by_name["plan"]
+    nf4, plan = by_name[NF4], by_name["plan"]
     chance = [kl for name, kl in by_name.items() if name.startswith("random ")]
     value, low, high = cut(nf4, plan)
     p = intervals.holm([intervals.farther(kl, plan) for kl in chance])

@@ -42,7 +42,7 @@ def layer_effects(effects: pd.DataFrame) -> Figure:
 
 def linears_map(record: dict) -> Figure:
     """KL that quantizing every Linear alone costs, block by kind, from a plan's record; what the plan keeps has a frame."""
-    plain = next(row["kl_by_image"] for row in record["curve"] if row["name"] == "16 bits everywhere")
+    plain = next(row["kl_by_image"] for row in record["curve"] if row["name"] == proof.BF16)
     rows = []
     for linear, kl in record["alone"].items():
         layer, kind = record["parts"][linear].removeprefix("layer ").split(" ", 1)
@@ -90,7 +90,7 @@ def plan_curve(record: dict) -> Figure:
     tested = proof.trade_off(record["proof"], plan["uniform_bytes"]).set_index("name")
     chance = tested[tested.index.str.startswith("random ")]
     right.scatter(chance.extra, chance.kl, s=28, color="0.6", label=f"{len(chance)} random plans")
-    for name, marker, colour in (("uniform NF4", "s", "0.35"), ("plan", "o", "#d55e00")):
+    for name, marker, colour in ((proof.NF4, "s", "0.35"), ("plan", "o", "#d55e00")):
         _point(right, tested.loc[name], marker, colour, f"plan {plan['name']}" if name == "plan" else name)
     right.set(title="Proven: test images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
     right.xaxis.set_major_formatter(lambda value, _: f"+{value:.1%}")
