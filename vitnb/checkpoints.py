@@ -4,6 +4,10 @@ Each carries its weights (safetensors), the preprocessing and the class names th
 """
 
 import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -67,6 +71,20 @@ def misfits(found: dict, fresh: tuple[str, ...] | None = None) -> str:
         if named:
             return f"config and weights do not fit: {len(named)} {kind.replace('_', ' ')}, such as {min(named)}"
     return ""
+
+
+@contextmanager
+def written(final: Path) -> Iterator[Path]:
+    """A new folder to write in, which takes the place of ``final`` at the end: whole, or not at all if anything is raised."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        yield part
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def disk_bytes(folder: Path) -> int:

@@ -3,7 +3,6 @@
 Only the adapters and the head are trained (see ``training``). The head must be: a new one that stays frozen gives chance.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -100,9 +99,7 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
     Each holds weights (safetensors), class names and preprocessing, and loads with plain transformers.
     """
     final = study.outputs / "checkpoints"
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=final.parent))
-    try:
+    with checkpoints.written(final) as part:
         merged = merge(model, study, class_names)
         merged.set_attn_implementation("sdpa")  # a name that transformers knows without this package
         merged.save_pretrained(part / "merged")
@@ -110,11 +107,6 @@ def export(model: PeftModel, study: studies.Study, processor, class_names: list[
             save_quantized(part / "merged", part / weights, weights, quantize.keep(merged))
         for name in EXPORTS:
             processor.save_pretrained(part / name)
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return {name: checkpoints.disk_bytes(final / name) for name in EXPORTS}
 
 
@@ -133,15 +125,9 @@ def save_quantized(merged: Path, folder: Path, weights: str, kept: list[str]) ->
 def export_plan(study: studies.Study, name: str, kept: list[str]) -> Path:
     """Write ``checkpoints/plan-NAME``, NF4 but for the Linears ``kept`` in 16 bits and the head, whole or not at all."""
     merged, final = study.checkpoint("merged"), study.checkpoint(f"plan-{name}")
-    part = Path(tempfile.mkdtemp(prefix=f".plan-{name}-", dir=final.parent))
-    try:
+    with checkpoints.written(final) as part:
         save_quantized(merged, part, "nf4", kept)
         checkpoints.processor(merged).save_pretrained(part)
-        if final.exists():
-            shutil.rmtree(final)
-        part.rename(final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return final
 
 
