@@ -87,9 +87,8 @@ def sensitivity(
     rows[0] |= images.scores(images.reference)
     found = {}
     for base, several in [*((width, [width]) for width in bits), (PLAIN, bits)]:
-        walk = Walk(
-            board, loaded, images, base
-        )  # one after the other: the outputs under a base are held for all images
+        # One walk after the other: the outputs under a base are held for all images.
+        walk = Walk(board, loaded, images, base)
         for width, name in product(several, choices):
             if (base == PLAIN) != (name == "all" or name.startswith(ONLY)):
                 continue

@@ -6,12 +6,8 @@ import pandas as pd
 from vitnb import intervals
 
 BAR = 0.25  # a plan should cut at least this share of uniform NF4's KL, and beat every random plan
-NF4, INT8, BF16, ENDS = (
-    "uniform NF4",
-    "uniform int8",
-    "16 bits everywhere",
-    "first and last in 16 bits",
-)  # names of rows that no budget chose
+# Names of the rows that no budget chose:
+NF4, INT8, BF16, ENDS = "uniform NF4", "uniform int8", "16 bits everywhere", "first and last in 16 bits"
 COLUMNS = [
     "name",
     "curve",
