@@ -49,13 +49,17 @@ def test_a_kept_layer_is_kept_and_the_others_are_not(mini, bits, kind):
     model = models.load(mini, variants.get("fp32-sdpa")).model
     plain = dict(quantize.linears(model))
     board = ablate.Switchboard(model, [bits], torch.bfloat16)
-    assert board.keep(["vit.layers.1"], bits) == (12, 7)
+
+    def keep(prefixes):
+        return board.switch(dict.fromkeys(board.names(prefixes), switchboard.PLAIN), bits)
+
+    assert keep(["vit.layers.1"]) == (12, 7)
     types = {name: type(module).__name__ for name, module in quantize.linears(model).items()}
     assert {name for name, found in types.items() if found == "Linear"} == {
         n for n in types if "layers.1." in n or n == "classifier"
     }
     assert {found for name, found in types.items() if "layers.1." not in name and name != "classifier"} == {kind}
-    assert board.keep([], bits) == (18, 1) and board.keep(["vit.layers.0", "vit.layers.2"], bits) == (6, 13)
+    assert keep([]) == (18, 1) and keep(["vit.layers.0", "vit.layers.2"]) == (6, 13)
     restored = quantize.linears(board.restore())
     assert all(restored[name] is module for name, module in plain.items())
 
@@ -73,7 +77,7 @@ def test_two_widths_at_once(mini):
 def test_keeping_what_is_not_there(mini):
     board = ablate.Switchboard(models.load(mini, variants.get("fp32-sdpa")).model, [4], torch.bfloat16)
     with pytest.raises(UserError, match="changes nothing"):
-        board.keep(["encoder.layer.21"], 4)
+        board.names(["encoder.layer.21"])
     with pytest.raises(UserError, match=r"'classifier' changes nothing"):
         board.switch({"classifier": 16}, 4)
 

@@ -111,10 +111,6 @@ class Switchboard:
         """Full names of the Linears under some prefixes; UserError for one that matches none."""
         return [name for name in quantize.keep(self.model, prefixes) if name in self.plain]
 
-    def keep(self, prefixes: Iterable[str], bits: int) -> tuple[int, int]:
-        """Keep the Linears under ``prefixes`` in 16 bits, the others in ``bits``; see ``switch``."""
-        return self.switch(dict.fromkeys(self.names(prefixes), PLAIN), bits)
-
     def restore(self) -> nn.Module:
         """The model with no Linear quantized."""
         self.switch({}, PLAIN)
