@@ -136,7 +136,10 @@ def test_what_the_readme_says_of_the_gpu():
     ablated = published("ablation.csv", ON_GPU).query("bits == 4").set_index("kept").kl
     removed = 1 - ablated / ablated["none"]
     others = [value for name, value in removed.items() if name.startswith("layer ") and name != "layer 0"]
-    assert f"removes {removed['first and last']:.0%} of the KL to fp32, and layer 0 alone {removed['layer 0']:.0%}" in README
+    assert (
+        f"removes {removed['first and last']:.0%} of the KL to fp32, and layer 0 alone {removed['layer 0']:.0%}"
+        in README
+    )
     assert f"no other layer removes more than {max(others):.0%}" in README
     verdicts = published("accuracy.csv", ON_GPU).verdict
     assert set(verdicts) == {"the baseline", "no difference beyond noise"}
