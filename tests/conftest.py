@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitnb import bases, checkpoints, data, finetune, studies, training
+from vitnb import bases, checkpoints, data, finetune, studies, switchboard, training
 
 CLASSES = ("circle", "cross", "ring", "square")
 
@@ -66,6 +66,20 @@ def write_base(folder: Path) -> None:
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
         folder
     )
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict]:
+    """What ``Walk.ask`` is asked from now on, in a list that grows; its question of this number kills the run."""
+    ask, asked = switchboard.Walk.ask, []
+
+    def counted(walk, widths):
+        asked.append(widths)
+        if len(asked) == number:
+            raise KeyboardInterrupt
+        return ask(walk, widths)
+
+    monkeypatch.setattr(switchboard.Walk, "ask", counted)
+    return asked
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import killed_at
 from scipy import stats
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -132,15 +133,7 @@ def test_replaying_the_first_layers_changes_no_bit(mini, rows, monkeypatch):
 
 def test_a_killed_run_goes_on_and_another_checkpoint_starts_anew(mini, tmp_path, monkeypatch):
     """Killed before its 11th configuration; then run twice, and once more after the weights have changed."""
-    ask, asked = switchboard.Walk.ask, []
-
-    def counted(walk, widths):
-        asked.append(widths)
-        if len(asked) == 11:
-            raise KeyboardInterrupt
-        return ask(walk, widths)
-
-    monkeypatch.setattr(switchboard.Walk, "ask", counted)
+    asked = killed_at(monkeypatch, 11)
     with pytest.raises(KeyboardInterrupt):
         measured(mini, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 10 and all(json.loads(p.read_text()) for p in tmp_path.iterdir())

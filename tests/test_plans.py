@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import killed_at
 from transformers import AutoModelForImageClassification
 
 from vitnb import (
@@ -231,15 +232,7 @@ def test_what_cannot_be_had_ends_in_one_line(planned, mini_yaml, capsys):
 
 
 def test_a_killed_plan_goes_on(planned, monkeypatch):
-    ask, asked = planning.Walk.ask, []
-
-    def counted(walk, widths):
-        asked.append(widths)
-        if len(asked) == 25:
-            raise KeyboardInterrupt
-        return ask(walk, widths)
-
-    monkeypatch.setattr(planning.Walk, "ask", counted)
+    asked = killed_at(monkeypatch, 25)
     with pytest.raises(KeyboardInterrupt):
         planning.run(planned, "again", 0.4)
     assert not plans.path(planned, "again").exists() and not planned.checkpoint("plan-again").exists()
