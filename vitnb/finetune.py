@@ -23,7 +23,7 @@ def targets(model: nn.Module, asked: str) -> list[str]:
     ``asked``: ``all`` (every Linear but the head), or names separated by commas, each a part of the path of some
     Linears: ``attention``, ``mlp``, ``q_proj``, ``fc1`` ... Raises UserError for one that matches none.
     """
-    names = [name for name in quantize.linears(model) if name != quantize.head(model)]
+    names = list(quantize.quantizable(model))
     if asked == "all":
         return names
     chosen = set()

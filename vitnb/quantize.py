@@ -36,6 +36,12 @@ def head(model: nn.Module) -> str:
     return name
 
 
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear but the head by its full name."""
+    kept = head(model)
+    return {name: module for name, module in linears(model).items() if name != kept}
+
+
 def keep(model: nn.Module, prefixes: Iterable[str] = ()) -> list[str]:
     """Full names of the Linears to keep in 16 bits: those under ``prefixes``, and always the head.
 
