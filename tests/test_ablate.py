@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import killed_at
 from scipy import stats
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from vitnb import ablate, accuracy, data, models, quantize, switchboard, unfinished, variants
+from vitnb import ablate, accuracy, blocks, data, models, quantize, switchboard, unfinished, variants
 from vitnb.errors import UserError
 
 
@@ -34,7 +35,7 @@ def test_layers_and_linears_of_a_vit_in_order():
     assert found["first and last"] == ["vit.layers.0", "vit.layers.11"]
     every = set(quantize.linears(model)) - {"classifier"}
     assert set(found["all but layer 1"]) == {name for name in every if ".layers.1." not in name}
-    kinds = switchboard.kinds(model)
+    kinds = blocks.kinds(model)
     assert list(kinds) == ["q", "k", "v", "o", "fc1", "fc2"]
     assert kinds["o"] == [f"vit.layers.{i}.attention.o_proj" for i in range(12)]
     found = ablate.configurations(model, "linear")
@@ -43,6 +44,30 @@ def test_layers_and_linears_of_a_vit_in_order():
     assert every - set(found["all but layer 1 q"]) == {"vit.layers.1.attention.q_proj"}
     with pytest.raises(UserError, match="by must be layer or linear, got 'head'"):
         ablate.configurations(model, "head")
+
+
+def test_lists_that_hold_no_blocks():
+    """Heads and experts in lists of their own, stages with a merging between them, norms and Linears in lists beside the blocks."""
+
+    def several(count, make):
+        return nn.ModuleList(make() for _ in range(count))
+
+    def linear():
+        return nn.Linear(4, 4)
+
+    def block():
+        mlp = several(2, lambda: nn.Sequential(linear(), nn.GELU()))
+        return nn.ModuleDict({"norm": nn.RMSNorm(4), "heads": several(3, linear), "mlp": mlp})
+
+    def stage(count):
+        merge = nn.Sequential(nn.LayerNorm(4), linear())
+        return nn.ModuleDict({"inner": several(count, block), "merge": merge})
+
+    beside = {"patches": several(5, linear), "norms": several(4, lambda: nn.LayerNorm(4))}
+    model = nn.ModuleDict(beside | {"stages": nn.ModuleList([stage(1), stage(2)])})
+    assert blocks.layers(model) == ["stages.0.inner.0", "stages.1.inner.0", "stages.1.inner.1"]
+    with pytest.raises(UserError, match="ModuleDict has no transformer blocks: take a base of the ViT family"):
+        blocks.layers(nn.ModuleDict(beside))
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt")])

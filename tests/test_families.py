@@ -1,5 +1,7 @@
 """Checkpoints of the ViT family, small and random: each goes from fine-tuning to naming images, and computes what transformers does."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import write_shapes
@@ -17,8 +19,10 @@ from transformers import (
 )
 
 from vitnb import (
+    ablate,
     accuracy,
     bases,
+    blocks,
     checkpoints,
     data,
     finetune,
@@ -27,8 +31,10 @@ from vitnb import (
     kernels,
     latency,
     models,
+    quantize,
     roofline,
     studies,
+    switchboard,
     training,
     variants,
 )  # fmt: skip
@@ -125,6 +131,44 @@ def test_from_fine_tuning_to_naming_images(name, place, outputs, capsys):
         with pytest.raises(VariantError, match="the fused engine knows ViT"):
             models.load(made, variants.get("bf16-sdpa-fused"))
     assert 0 <= floors.measure(made, train, test, processor)["probe"] <= 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_block_can_be_kept_alone(name, place, outputs, monkeypatch):
+    """The blocks against those that ran, 16 bits against a model that was never switched, replaying against computing."""
+    made = study(name, place)
+    model = bases.load(made, [*"abcdefg"])
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(made.checkpoint("merged"))
+    checkpoints.processor(bases.find(made)).save_pretrained(made.checkpoint("merged"))
+    split, ran = data.split(made, "test"), []
+    monkeypatch.setattr(switchboard, "BATCH_SIZE", 5)  # of 12 images: the last batch is smaller
+
+    def load():
+        return models.load(made, variants.get("fp32-sdpa"))
+
+    plain = load()
+    images = switchboard.look(plain, split)
+    for path, module in plain.model.named_modules():
+        if type(module).__name__.endswith("Layer"):
+            module.register_forward_hook(lambda *_, path=path: ran.append(path))
+    plain.model.to(torch.bfloat16)
+    halved = accuracy.kl(images.reference, switchboard.logits(plain, images.pixels, torch.bfloat16))
+    layers = blocks.layers(plain.model)
+    assert ran == 3 * layers and len(layers) == (3 if name == "swin" else 2)
+    every = set(quantize.linears(plain.model)) - {"classifier"}
+    assert {linear for (linear,) in ablate.singles(plain.model).values()} == every
+
+    rows = ablate.sensitivity(load(), split, [4], torch.bfloat16, by="linear")
+    found = {row["kept"]: row for row in rows}
+    assert found["none"]["linears_quantized"] == len(every) and found["all"]["linears_quantized"] == 0
+    assert found["all"]["kl"] == halved.mean().item() < found["none"]["kl"]
+    for i in range(len(layers)):
+        assert found[f"layer {i}"]["linears_kept"] == 7 and found[f"all but layer {i}"]["linears_quantized"] == 6
+        assert found[f"all but layer {i}"]["kl"] != found["all"]["kl"]
+    assert sum(part.startswith("outside ") for part in found) == (name == "swin")
+    monkeypatch.setattr(ablate, "Walk", partial(switchboard.Walk, replay=False))
+    assert ablate.sensitivity(load(), split, [4], torch.bfloat16, by="linear") == rows
 
 
 def test_old_and_new_names_are_one_model(place, outputs):

@@ -12,15 +12,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from vitnb import checkpoints, data, intervals, switchboard
+from vitnb import checkpoints, data, intervals, quantize, switchboard
+from vitnb.blocks import kinds, layers
 from vitnb.errors import UserError
 from vitnb.models import Loaded
 from vitnb.records import write_whole
-from vitnb.switchboard import PLAIN, Switchboard, Walk, layers
+from vitnb.switchboard import PLAIN, Switchboard, Walk
 from vitnb.unfinished import Unfinished
 
 BY = ("layer", "linear")
 ONLY = "all but "  # begins the name of a configuration that quantizes one part alone
+OUTSIDE = "outside "  # begins the name of a Linear that lies in no block
 RAW = ("predicted", "kl_by_image")  # of a row, by image
 NOISE = "no effect beyond noise"
 
@@ -28,7 +30,7 @@ NOISE = "no effect beyond noise"
 def parts(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
     """What is kept, or quantized, in turn: {name: prefixes of the Linears under it}.
 
-    ``by``: ``layer``, every block; or ``linear``, besides every kind of Linear (``every q``) and every single one (``layer 0 q``).
+    ``by``: ``layer``, every block; or ``linear``, besides every kind of Linear (``every q``) and every single one (``singles``).
     Raises UserError for another word.
     """
     if by not in BY:
@@ -36,27 +38,31 @@ def parts(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
     blocks = layers(model)
     found = {f"layer {i}": [block] for i, block in enumerate(blocks)}
     if by == "linear":
-        found |= {f"every {kind}": names for kind, names in switchboard.kinds(model).items()} | singles(model)
+        found |= {f"every {kind}": names for kind, names in kinds(model).items()} | singles(model)
     return found
 
 
 def singles(model: nn.Module) -> dict[str, list[str]]:
-    """Every Linear of every block as a part of its own, block by block: ``layer 0 q`` and so on."""
-    kinds, blocks = switchboard.kinds(model), layers(model)
-    return {
+    """Every Linear but the head as a part of its own, block by block: ``layer 0 q`` and so on.
+
+    Then those that lie in no block, as Swin's between its stages: ``outside``, and their full name.
+    """
+    blocks, of_kind = layers(model), kinds(model)
+    found = {
         f"layer {i} {kind}": [name]
-        for i, block in enumerate(blocks) for kind, names in kinds.items() for name in names if name.startswith(f"{block}.")
+        for i, block in enumerate(blocks) for kind, names in of_kind.items() for name in names if name.startswith(f"{block}.")
     }  # fmt: skip
+    inside = {name for (name,) in found.values()}
+    return found | {OUTSIDE + name: [name] for name in quantize.quantizable(model) if name not in inside}
 
 
 def configurations(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
     """What stays in 16 bits in each: none, all, first and last, every part in turn, and all but each part in turn."""
-    blocks = layers(model)
-    found = {"none": [], "all": blocks, "first and last": [blocks[0], blocks[-1]]} | parts(model, by)
-    names = [name for kind in switchboard.kinds(model).values() for name in kind]
+    blocks, every = layers(model), list(quantize.quantizable(model))
+    found = {"none": [], "all": every, "first and last": [blocks[0], blocks[-1]]} | parts(model, by)
     for part, prefixes in parts(model, by).items():
         under = tuple(f"{prefix}." for prefix in prefixes)
-        found[ONLY + part] = [name for name in names if name not in prefixes and not name.startswith(under)]
+        found[ONLY + part] = [name for name in every if name not in prefixes and not name.startswith(under)]
     return found
 
 
@@ -122,7 +128,7 @@ def effects(rows: list[dict]) -> pd.DataFrame:
     lines = []
     for (bits, kept), kl in moved.items():
         part = kept.removeprefix(ONLY)
-        if part.startswith(("layer ", "every ")):
+        if part.startswith(("layer ", "every ", OUTSIDE)):
             only = kept.startswith(ONLY)
             more, less = (kl, moved[bits, "all"]) if only else (moved[bits, "none"], kl)
             effect, low, high = intervals.mean(more - less)

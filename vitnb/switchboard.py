@@ -13,32 +13,12 @@ import torch
 from torch import nn
 
 from vitnb import accuracy, data, quantize
+from vitnb.blocks import layers
 from vitnb.errors import UserError, VariantError
 from vitnb.models import Loaded
 
 BATCH_SIZE = 128
 PLAIN = 16  # bits of a Linear that is not quantized
-
-
-def layers(model: nn.Module) -> list[str]:
-    """Full names of the transformer blocks, first to last: the longest list of modules that hold Linears."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    name, blocks = max(((n, m) for n, m in lists if quantize.linears(m)), key=lambda item: len(item[1]))
-    return [f"{name}.{i}" for i in range(len(blocks))]
-
-
-def kinds(model: nn.Module) -> dict[str, list[str]]:
-    """Full names of the Linears of each kind, block by block: ``q``, ``k``, ``v``, ``o``, ``fc1``, ``fc2`` in a ViT.
-
-    A kind is called by the last part of its path in the block without ``_proj``, or by the whole path where two share it.
-    """
-    found: dict[str, list[str]] = {}
-    for block in layers(model):
-        paths = list(quantize.linears(model.get_submodule(block)))
-        last = [path.rpartition(".")[2].removesuffix("_proj") for path in paths]
-        for path, name in zip(paths, last, strict=True):
-            found.setdefault(name if last.count(name) == 1 else path, []).append(f"{block}.{path}")
-    return found
 
 
 @dataclass
@@ -85,8 +65,7 @@ class Switchboard:
 
     def __init__(self, model: nn.Module, bits: Iterable[int], dtype: torch.dtype):
         self.model, self.dtype = model.to(dtype), dtype
-        head = quantize.head(model)
-        self.plain = {name: module for name, module in quantize.linears(model).items() if name != head}
+        self.plain = quantize.quantizable(model)
         self.twins = {PLAIN: self.plain} | {
             width: {name: quantize.quantized_copy(module, width, dtype) for name, module in self.plain.items()}
             for width in bits
@@ -121,15 +100,15 @@ class Switchboard:
         return {name: quantize.resident_bytes(module) for name, module in self.twins[bits].items()}
 
 
-class _Pass(nn.Module):
-    """Stands in for a block that need not be computed: hands on what comes in or, given outputs, the next of those."""
+class _Recorded(nn.Module):
+    """Stands in for a block that need not be computed: gives again what the block gave, batch by batch."""
 
-    def __init__(self, outputs: list[torch.Tensor] | None = None):
+    def __init__(self, outputs: list):
         super().__init__()
-        self.outputs = iter(outputs or [])
+        self.outputs = iter(outputs)
 
-    def forward(self, hidden, *_, **__):
-        return next(self.outputs, hidden)
+    def forward(self, *_, **__):
+        return next(self.outputs)
 
 
 class Walk:
@@ -143,7 +122,7 @@ class Walk:
     def __init__(self, board: Switchboard, loaded: Loaded, images: Images, base: int, replay: bool = True):
         self.board, self.loaded, self.images, self.base, self.replay = board, loaded, images, base, replay
         self.blocks = layers(board.model)
-        self.outputs: dict[str, list[torch.Tensor]] = {}
+        self.outputs: dict[str, list] = {}  # of every block, batch by batch
 
     def ask(self, widths: dict[str, int]) -> dict:
         """linears_quantized and linears_kept as counted, and ``Images.scores``, of the base but for ``widths``."""
@@ -188,7 +167,7 @@ class Walk:
         model = self.board.model
         real = {name: model.get_submodule(name) for name in blocks}
         for name in blocks:
-            model.set_submodule(name, _Pass(self.outputs[name] if name == blocks[-1] else None))
+            model.set_submodule(name, _Recorded(self.outputs[name]))
         try:
             yield
         finally:

@@ -41,16 +41,18 @@ def layer_effects(effects: pd.DataFrame) -> Figure:
 
 
 def linears_map(record: dict) -> Figure:
-    """KL that quantizing every Linear alone costs, block by kind, from a plan's record; what the plan keeps has a frame."""
+    """KL that quantizing every Linear of a block alone costs, block by kind, from a plan's record; what the plan keeps has a frame."""
     plain = next(row["kl_by_image"] for row in record["curve"] if row["name"] == proof.BF16)
     rows = []
-    for linear, kl in record["alone"].items():
-        layer, kind = record["parts"][linear].removeprefix("layer ").split(" ", 1)
+    for linear, part in record["parts"].items():
+        if not part.startswith("layer "):  # it lies between blocks
+            continue
+        layer, kind = part.removeprefix("layer ").split(" ", 1)
         rows.append(
             {
                 "layer": int(layer),
                 "kind": kind,
-                "cost": np.mean(kl) - np.mean(plain),
+                "cost": np.mean(record["alone"][linear]) - np.mean(plain),
                 "kept": linear in record["plan"]["widths"],
             }
         )
