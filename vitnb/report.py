@@ -185,7 +185,10 @@ def write(study: studies.Study) -> Path:
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     widths = sorted(effects.bits.unique().tolist()) if ablated else []
     keep = {bits: ablate.recommended(effects, bits) for bits in widths}
-    plans = [{"record": r, "told": proof.told(r), "kept": proof.kept(r), "traded": proof.shown(r)} for r in planned]
+    plans = [
+        {"record": r, "told": proof.told(r), "kept": proof.kept(r), "on": proof.proven_on(r), "traded": proof.shown(r)}
+        for r in planned
+    ]
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
         advice=pd.DataFrame(advice.recommendation(table, ratios, answers)), same_kernel=advice.not_comparable(table),

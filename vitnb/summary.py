@@ -194,6 +194,6 @@ def ablated(record: dict) -> dict[str, float]:
 
 
 def planned(record: dict) -> dict[str, float]:
-    """Named results of a plan record, on the test split; see ``proof.proven``."""
+    """Named results of a plan record, on the images that did not choose it; see ``proof.proven``."""
     found, name = proof.proven(record), record["plan"]["name"]
     return {f"plan {name} KL cut": found["cut"], f"plan {name} random plans beaten": found["beaten"] / found["random"]}

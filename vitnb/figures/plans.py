@@ -63,7 +63,7 @@ def linears_map(record: dict) -> Figure:
 
 
 def plan_curve(record: dict) -> Figure:
-    """KL against bytes: on validation images, every budget, measured and predicted; on test images, the plan among random ones."""
+    """KL against bytes: on the images that chose, every budget, measured and predicted; on those that prove, the plan among random ones."""
     plan = record["plan"]
     curve = proof.trade_off(record["curve"], plan["uniform_bytes"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), layout="constrained", width_ratios=(3, 2))
@@ -102,7 +102,9 @@ def plan_curve(record: dict) -> Figure:
             color=colour,
             label=label,
         )
-    right.set(title="Proven: test images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
+    right.set(
+        title=f"Proven: {proof.proven_on(record)}", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None)
+    )
     right.xaxis.set_major_formatter(lambda value, _: f"+{value:.1%}")
     right.margins(x=0.2)
     right.legend(fontsize=8)
