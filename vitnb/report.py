@@ -23,6 +23,7 @@ from vitnb import (
     memory,
     proof,
     records,
+    repeats,
     studies,
     summary,
     waterfall,
@@ -199,6 +200,7 @@ def write(study: studies.Study) -> Path:
         depths=depth.answers(ablated["rows"], widths) if ablated else [], plans=plans, old_plans=old_plans,
         based=based, fallen=fallen, techniques=ladders.TOLD,
         doubles=duplicates.told(finetuned["duplicates"]) if finetuned and "duplicates" in finetuned else "",
+        repeated=repeats.told(finetuned["seeds"]) if finetuned and "seeds" in finetuned else "",
         scored=next((record.get("split", "test") for record in evaluated), "test"),
         stepped=stepped(waterfall.table(fallen)) if fallen else None, records=found, newest=found[-1], MB=summary.MB,
     )  # fmt: skip
