@@ -1,15 +1,18 @@
 """Shared by the tests: a *mini* study that trains in seconds, with a tiny ViT of random weights on drawn shapes."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitnb import bases, checkpoints, data, finetune, studies, switchboard, training
+from vitnb import bases, checkpoints, data, finetune, runner, studies, switchboard, training
 
 CLASSES = ("circle", "cross", "ring", "square")
 
@@ -122,3 +125,20 @@ def mini(mini_yaml, outputs) -> studies.Study:
 def shapes(mini):
     """The mini study's images to train and to choose by, and its preprocessing."""
     return data.split(mini, "train"), data.split(mini, "valid"), checkpoints.processor(bases.find(mini))
+
+
+@pytest.fixture
+def run_cells() -> Callable[..., None]:
+    """Runs a notebook's code, cell by cell, in this process, with some parameters."""
+
+    def run(name: str, **parameters) -> None:
+        namespace, found = dict(parameters), json.loads((runner.FOLDER / f"{name}.ipynb").read_text())["cells"]
+        with plt.ioff():
+            for cell in found:
+                if cell["cell_type"] == "code":
+                    exec("".join(cell["source"]), namespace)
+                    if "parameters" in cell["metadata"].get("tags", []):
+                        namespace |= parameters
+        plt.close("all")
+
+    return run

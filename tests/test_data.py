@@ -1,5 +1,7 @@
 """Images: the splits of a study as what a model sees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,27 @@ def test_batches_hold_every_image_once_in_a_seeded_order(shapes):
     ]
     assert orders[0] == split.labels and orders[1] == orders[2] != orders[3]
     assert all(sorted(order) == split.labels for order in orders)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, 3)])
+def test_halves(shapes, order):
+    """Twelve images in the order of their classes, and four of them in another order, as a file may list them."""
+    split = data.split(shapes[0], "train")
+    if order.step:
+        mixed = [*range(12)[order], 1, 4, 7, 10]
+        split = replace(split, paths=[split.paths[i] for i in mixed], labels=[split.labels[i] for i in mixed])
+    one, two = split.halves()
+    assert not set(one.paths) & set(two.paths) and set(one.paths) | set(two.paths) == set(split.paths)
+    assert set(one.labels) == set(two.labels) == {0, 1, 2, 3} and len(one) == len(two) == len(split) // 2
+    for half in (one, two):
+        assert [half.class_names[label] for label in half.labels] == [path.parent.name for path in half.paths]
+        assert half.name == "train" and [path for path in split.paths if path in half.paths] == half.paths
+    if not order.step:
+        assert one.paths == split.paths[::2] and two.paths == split.paths[1::2]
+    bare = replace(split, labels=[]).halves()
+    assert [half.labels for half in bare] == [[], []] and bare[1].paths == split.paths[1::2]
+    with pytest.raises(UserError, match="1 images of the train split: two halves take at least 2"):
+        replace(split, paths=split.paths[:1], labels=[0]).halves()
 
 
 def test_the_first_batch_is_spread_over_the_split_and_never_too_small(shapes):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeClassifier
 
-from vitnb import bases, checkpoints, data, floors
+from vitnb import bases, checkpoints, data, floors, held
 
 
 def test_each_image_is_read_once_for_all_floors(mini, monkeypatch):
@@ -30,20 +30,10 @@ def test_each_image_is_read_once_for_all_floors(mini, monkeypatch):
 def test_a_probe_sees_what_the_head_sees(mini):
     """Features are those of the class token after the last layer norm, image by image."""
     train = data.split(mini, "train")
-    held = floors.hold(train, checkpoints.processor(bases.find(mini)))
+    seen = held.spread(train, checkpoints.processor(bases.find(mini)))
     model = bases.load(mini, train.class_names).eval()
-    found = floors._features(model, held)
+    found = floors._features(model, seen)
     with torch.inference_mode():
-        oracle = model.vit(held.tensors[0].to(model.device)).last_hidden_state[:, 0].float().cpu()
+        oracle = model.vit(seen.tensors[0].to(model.device)).last_hidden_state[:, 0].float().cpu()
     assert found.shape == (32, 64)
     np.testing.assert_allclose(found, oracle, atol=0.05)  # computed in 16 bits where the machine has units for it
-
-
-def test_of_a_large_data_set_images_spread_over_it_are_held(mini, monkeypatch):
-    """Eight training images of each of four classes; memory for nine images."""
-    train = data.split(mini, "train")
-    processor = checkpoints.processor(bases.find(mini))
-    monkeypatch.setattr(floors, "HELD", 9 * 3 * 32 * 32 * 4 + 100)
-    held = floors.hold(train, processor)
-    assert len(held) == 9 and torch.bincount(held.tensors[1]).min() >= 2
-    assert torch.equal(held.tensors[0][0], data.Pixels(train, processor)[0][0])

@@ -26,7 +26,6 @@ from vitnb import (
     proof,
     quantize,
     report,
-    runner,
     studies,
     summary,
     variants,
@@ -121,6 +120,17 @@ def planned(mini, tmp_path_factory):
         yield mini
 
 
+@pytest.fixture
+def without_test(planned, mini_yaml, tmp_path, monkeypatch) -> studies.Study:
+    """The mini study, fine-tuned, but without its test images."""
+    shutil.copytree(mini_yaml.parent / "shapes", tmp_path / "shapes", ignore=shutil.ignore_patterns("test"))
+    shutil.copytree(planned.outputs / "checkpoints" / "merged", tmp_path / "own" / "checkpoints" / "merged")
+    path = tmp_path / "own.yaml"
+    path.write_text(mini_yaml.read_text().replace(f"{mini_yaml.parent}/shapes", f"{tmp_path}/shapes"))
+    monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
+    return studies.load(str(path))
+
+
 def record(study: studies.Study, name: str) -> dict:
     return json.loads((study.outputs / "records" / f"plan-{name}.json").read_text())
 
@@ -193,6 +203,68 @@ def test_the_record_holds_the_trade_off_and_the_proof(planned):
     )
 
 
+def moved(study: studies.Study, split: data.Split, widths: dict[str, int]) -> list[float]:
+    """KL to full precision by image, of a plain load whose Linears are quantized one by one but for ``widths``."""
+    full = models.load(study, variants.get("fp32-sdpa"))
+    reference = accuracy.logits(full, split).double()
+    model = full.model.to(models.half(full.device))
+    for name, linear in quantize.linears(model).items():
+        if name != "classifier" and name not in widths:
+            model.set_submodule(name, quantize.quantized_copy(linear, 4, models.half(full.device)))
+    with torch.inference_mode():
+        pixels = data.to_pixels([data.read(path) for path in split.paths], full.processor)
+        found = model(pixel_values=pixels.to(full.device, models.half(full.device))).logits.double().cpu()
+    return accuracy.kl(reference, found).tolist()
+
+
+def test_without_test_images_a_plan_is_proven_on_those_that_did_not_choose_it(without_test, capsys):
+    """Five validation images of each of four classes: of the 20, ten choose and the other ten prove."""
+    planning.run(without_test, "p", 0.4)
+    shown, found, valid = capsys.readouterr().out, record(without_test, "p"), data.split(without_test, "valid")
+    widths = found["plan"]["widths"]
+    proven = next(row for row in found["proof"] if row["name"] == "plan")
+    chosen = next(row for row in found["curve"] if row["widths"] == widths)
+    every = moved(without_test, valid, widths)
+    assert chosen["kl_by_image"] == pytest.approx(every[::2], rel=0.02)
+    assert proven["kl_by_image"] == pytest.approx(every[1::2], rel=0.02)
+    assert not set(proven["kl_by_image"]) & set(chosen["kl_by_image"]), "the images can be told apart"
+    assert all(len(row["kl_by_image"]) == 10 for row in found["curve"] + found["proof"])
+    assert found["proven_on"] == "validation images that did not choose" and found["images"] == {
+        "valid": 10,
+        "proof": 10,
+    }
+    assert found["plan"]["images"] == 10 and "validation images that did not choose, plan: KL" in shown
+    said, titles = proof.told(found), [axis.get_title() for axis in figures.plan_curve(found).axes]
+    plt.close("all")
+    assert "On 10 validation images that did not choose, it cuts the KL" in said and "test" not in said
+    assert titles == ["Chosen: validation images", "Proven: validation images that did not choose"]
+
+
+def test_a_record_that_does_not_say_where_it_was_proven(planned):
+    found = record(planned, "wide")
+    assert found.pop("proven_on") == "test images" == proof.proven_on(found)
+    assert "On 24 test images, which chose nothing, it cuts the KL" in proof.told(found)
+    assert [axis.get_title() for axis in figures.plan_curve(found).axes][1] == "Proven: test images"
+    plt.close("all")
+
+
+def test_test_images_without_labels_prove_too(without_test, mini_yaml, tmp_path):
+    """Six images in one folder: KL asks for no labels."""
+    flat = tmp_path / "shapes" / "test"
+    flat.mkdir()
+    for i, path in enumerate(sorted((mini_yaml.parent / "shapes" / "test").rglob("*.png"))[:6]):
+        shutil.copy(path, flat / f"{i}.png")
+    bench = planning.Bench(without_test, tmp_path / "unfinished")
+    keep = {"vit.layers.1.mlp.fc1": 16}
+    found = bench.ask("test", keep)
+    assert bench.proven_on == "test images" and found["top1"] is None
+    split = data.split(without_test, "test")
+    assert split.labels == [] and len(split) == 6
+    assert found["kl_by_image"] == pytest.approx(moved(without_test, split, keep), rel=0.02)
+    rows = [{"name": "uniform NF4", "curve": "", "extra_bytes": 0, "predicted_kl": 0.0} | found]
+    assert proof.trade_off(rows, 1).kl[0] == pytest.approx(found["kl"], rel=1e-4)
+
+
 def test_what_cannot_be_had_ends_in_one_line(planned, mini_yaml, capsys):
     with pytest.raises(VariantError, match=r"take the engine graph, plan:wide-sdpa-graph$"):
         models.load(planned, variants.get("plan:wide-sdpa-fused"))
@@ -243,22 +315,10 @@ def test_a_killed_plan_goes_on(planned, monkeypatch):
     assert len(asked) - 1 < 24 + len(wide["curve"]) + len(wide["proof"])
 
 
-def run_cells(name: str, **parameters) -> None:
-    """A notebook's code, cell by cell, in this process, with these parameters."""
-    namespace, found = dict(parameters), json.loads((runner.FOLDER / f"{name}.ipynb").read_text())["cells"]
-    for cell in found:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), namespace)
-            if "parameters" in cell["metadata"].get("tags", []):
-                namespace |= parameters
-
-
-def test_a_plan_through_the_notebooks_and_the_report(planned, mini_yaml):
+def test_a_plan_through_the_notebooks_and_the_report(planned, mini_yaml, run_cells):
     """Both take it by name, its row is among the others, and the report says what it keeps and what it is worth."""
-    with plt.ioff():
-        run_cells("evaluate", study=str(mini_yaml), variant="plan:wide-sdpa", batch_size=1)
-        run_cells("infer", study=str(mini_yaml), variant="plan:wide-sdpa")
-    plt.close("all")
+    run_cells("evaluate", study=str(mini_yaml), variant="plan:wide-sdpa", batch_size=1)
+    run_cells("infer", study=str(mini_yaml), variant="plan:wide-sdpa")
     found = {
         path.stem: json.loads(path.read_text()) for path in (planned.outputs / "records").glob("*-plan-wide-sdpa*")
     }

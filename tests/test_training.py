@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitnb import data, finetune, models, training
+from vitnb import data, finetune, held, models, training
 from vitnb.errors import UserError
 
 
@@ -30,6 +30,20 @@ def test_a_seed_decides_everything(mini, shapes):
         ends.append(snapshot(model))
     assert histories[0] == histories[1] != histories[2]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_held_validation_images_change_nothing(mini, shapes, monkeypatch):
+    """With memory for no image, each is read in every epoch; with enough, once."""
+    train, valid, processor = shapes
+    read, seen, found = data.read, [], []
+    monkeypatch.setattr(data, "read", lambda path: (seen.append(path), read(path))[1])
+    for room in (0, 2**32):
+        monkeypatch.setattr(held, "HELD", room)
+        seen.clear()
+        history = training.train(fresh(mini, shapes), mini, processor, train, valid, seed=0)
+        times = {seen.count(path) for path in valid.paths}
+        found.append((times, [(row["loss"], row["valid_top1"]) for row in history]))
+    assert [times for times, _ in found] == [{2}, {1}] and found[0][1] == found[1][1] and len(found[0][1]) == 2
 
 
 def test_the_best_epoch_is_kept_and_the_training_stops_early(mini, shapes, monkeypatch):

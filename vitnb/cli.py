@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        help="choose what to keep in 16 (or 8) bits within a budget of bytes, export it, and prove it on the test split",
+        help="choose what to keep in 16 (or 8) bits within a budget of bytes, export it, and prove it on images that chose nothing",
     )
     plan.add_argument("study", nargs="?", default="embedded")
     plan.add_argument("--name", help="its variants are plan:NAME-sdpa and so on (default: plus12 for --budget 0.12)")

@@ -42,7 +42,21 @@ class Split:
         """The split itself, or, where it holds more, ``most`` of its images: evenly spread, and so over its classes."""
         if len(self) <= most:
             return self
-        chosen = [i * len(self) // most for i in range(most)]
+        return self._take([i * len(self) // most for i in range(most)])
+
+    def halves(self) -> tuple["Split", "Split"]:
+        """Every second image of each class, and the others: of images in the order of their classes, even and odd indices.
+
+        Raises UserError for a split of one image.
+        """
+        if len(self) < 2:
+            raise UserError(
+                f"{self.folder} holds {len(self)} images of the {self.name} split: two halves take at least 2"
+            )
+        order = sorted(range(len(self)), key=lambda i: self.labels[i] if self.labels else 0)
+        return self._take(sorted(order[::2])), self._take(sorted(order[1::2]))
+
+    def _take(self, chosen: list[int]) -> "Split":
         labels = [self.labels[i] for i in chosen] if self.labels else []
         return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
 

@@ -46,6 +46,7 @@ def with_adapters(
     target="all",
     base_precision="fp32",
     gradient_checkpointing=False,
+    seed=None,
 ) -> PeftModel:
     """The study's base with LoRA adapters and a fresh head that is trained with them.
 
@@ -55,9 +56,13 @@ def with_adapters(
         target: which Linears get one, see ``targets``.
         base_precision: ``fp32`` (LoRA), ``nf4`` or ``int8`` (QLoRA: the frozen base is quantized while training).
         gradient_checkpointing: trade time for memory by computing activations twice.
+        seed: of adapters and head, and of what dropout draws afterwards, whatever was drawn before; None: PyTorch's generators
+            as they are.
     """
     if rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
+    if seed is not None:
+        torch.manual_seed(seed)
     model = bases.load(study, class_names, base_precision)
     if model.replaced_classes:
         print(f"the base's head, for {model.replaced_classes} classes, is replaced by a new one for {len(class_names)}")

@@ -8,52 +8,39 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import TensorDataset
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from vitnb import bases, data, models, quantize, studies, training
-
-BATCH_SIZE = 128
-HELD = 2**32  # bytes of pixels that are held of a split; of a larger one, images spread over it
-
-
-def hold(split: data.Split, processor) -> TensorDataset:
-    """A split as the model sees it, read once for all floors: pixels float32 [images, 3, height, width] and labels [images].
-
-    Where its pixels are more than HELD bytes, only as many images as that, spread evenly.
-    """
-    one = data.Pixels(split, processor)[0][0].nbytes
-    some = data.Pixels(split.spread(max(1, HELD // one)), processor)
-    return TensorDataset(*(torch.cat(parts) for parts in zip(*data.batches(some, BATCH_SIZE), strict=True)))
+from vitnb import bases, data, held, models, quantize, studies, training
 
 
 def measure(study: studies.Study, train: data.Split, test: data.Split, processor) -> dict[str, float | list[int]]:
-    """The three floors, as top-1 on ``test``, and on how many images each was fitted and tested.
+    """The three floors, as top-1 on ``test``, and on how many images each was fitted and tested (see ``held.spread``).
 
     Returns:
         pixels: of ``on_pixels``; untrained: of ``on_untrained_base``; probe: of ``on_base``; images: [fitted, tested].
     """
-    held = hold(train, processor), hold(test, processor)
+    seen = held.spread(train, processor), held.spread(test, processor)
     return {
-        "pixels": on_pixels(*held),
-        "untrained": on_untrained_base(study, len(train.class_names), *held),
-        "probe": on_base(study, train.class_names, *held),
-        "images": [len(part) for part in held],
+        "pixels": on_pixels(*seen),
+        "untrained": on_untrained_base(study, len(train.class_names), *seen),
+        "probe": on_base(study, train.class_names, *seen),
+        "images": [len(part) for part in seen],
     }
 
 
 def on_pixels(train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a linear classifier (ridge regression on one-hot labels, scikit-learn) on the pixels themselves."""
-    rows = [held.tensors[0].flatten(1).numpy() for held in (train, test)]
+    rows = [part.tensors[0].flatten(1).numpy() for part in (train, test)]
     return float(RidgeClassifier(alpha=1e3).fit(rows[0], _labels(train)).score(rows[1], _labels(test)))
 
 
 @torch.no_grad()
-def _features(model, held: TensorDataset) -> np.ndarray:
+def _features(model, images: TensorDataset) -> np.ndarray:
     """What the head would see, [images, hidden]."""
     seen, on = [], models.device()
     hook = model.get_submodule(quantize.head(model)).register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].float().cpu())
     )
     with training.precision(on):
-        for pixels, _ in data.batches(held, BATCH_SIZE):
+        for pixels, _ in data.batches(images, held.BATCH_SIZE):
             model(pixel_values=pixels.to(on))
     hook.remove()
     return torch.cat(seen).numpy()
@@ -66,8 +53,8 @@ def _probe(model, train: TensorDataset, test: TensorDataset) -> float:
     return float(head.score(_features(model, test), _labels(test)))
 
 
-def _labels(held: TensorDataset) -> np.ndarray:
-    return held.tensors[1].numpy()
+def _labels(images: TensorDataset) -> np.ndarray:
+    return images.tensors[1].numpy()
 
 
 def on_untrained_base(study: studies.Study, classes: int, train: TensorDataset, test: TensorDataset) -> float:

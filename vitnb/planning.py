@@ -1,7 +1,7 @@
 """Making a plan: measure every Linear alone, choose within a budget of bytes, measure the choice, and prove it.
 
-Chosen on validation images only. The proof is on the test split, which chose nothing: the plan beside uniform NF4, and beside plans
-of the same bytes that chance made.
+Chosen on validation images only. The proof is on images that chose nothing of it, the test split or, where there is none, half of
+the validation images: the plan beside uniform NF4, and beside plans of the same bytes that chance made.
 """
 
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from vitnb import (
     intervals,
     models,
     plans,
+    proof,
     quantize,
     records,
     studies,
@@ -43,7 +44,10 @@ class Bench:
     def __init__(self, study: studies.Study, folder: Path):
         self.loaded = models.load(study, variants.get(variants.BASELINE))
         dtype = models.half(self.loaded.device)
-        self.valid, self.test = (switchboard.look(self.loaded, data.split(study, name)) for name in ("valid", "test"))
+        valid, test, self.proven_on = data.split(study, "valid"), data.split(study, "test"), proof.TEST
+        if test.name != "test":  # there is none, and the images that choose prove nothing
+            (valid, test), self.proven_on = valid.halves(), proof.HALF
+        self.valid, self.test = (switchboard.look(self.loaded, split) for split in (valid, test))
         self.blocks = switchboard.layers(self.loaded.model)
         self.singles = ablate.singles(self.loaded.model)
         self.board = Switchboard(self.loaded.model, [4, 8], dtype)
@@ -112,14 +116,14 @@ def _trade_off(bench: Bench, costs: Costs, measured: dict[str, dict], share: flo
 
 
 def _proof(bench: Bench, costs: Costs, widths: dict[str, int], allowed: list[int], seed: int) -> list[dict]:
-    """On the test split: uniform NF4, 16 bits everywhere, the plan, and plans of the same bytes that chance made."""
+    """On the images that prove: uniform NF4, 16 bits everywhere, the plan, and plans of the same bytes that chance made."""
     chance = budget.at_random(costs, allowed, widths, RANDOM_PLANS, seed)
     asked = {NF4: {}, BF16: dict.fromkeys(costs.kl, PLAIN), "plan": widths}
     asked |= {f"random {i}": one for i, one in enumerate(chance)}
     rows = []
     for name, one in asked.items():
         rows.append(_row(name, "", None, one, costs, bench.ask("test", one)))
-        print(f"test, {name}: KL {rows[-1]['kl']:.5f}", flush=True)
+        print(f"{bench.proven_on}, {name}: KL {rows[-1]['kl']:.5f}", flush=True)
     return rows
 
 
@@ -164,7 +168,7 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
             f"a budget of {share:g} leaves no Linear in 4 bits: take int8-sdpa or bf16-sdpa, or lower --budget"
         )
     scores = bench.ask("valid", chosen)
-    curve, proof = _trade_off(bench, costs, measured, share), _proof(bench, costs, chosen, widths, started.seed)
+    curve, proven = _trade_off(bench, costs, measured, share), _proof(bench, costs, chosen, widths, started.seed)
     kl, low, high = intervals.mean(scores["kl_by_image"])
     plan = plans.Plan(
         name, share, chosen, costs.bytes(chosen), bench.uniform_bytes, measured[NF4]["kl"], costs.predicted(chosen), kl, low, high,
@@ -175,8 +179,8 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
     path = plans.write(study, plan)
     started.save(
         plan=asdict(plan), alone={linear: scores["kl_by_image"] for linear, scores in alone.items()}, left=costs.left, curve=curve,
-        proof=proof, disk_bytes=checkpoints.disk_bytes(export), checkpoint_sha256=checkpoints.fingerprint(export),
-        images={"valid": len(bench.valid.labels), "test": len(bench.test.labels)},
+        proof=proven, disk_bytes=checkpoints.disk_bytes(export), checkpoint_sha256=checkpoints.fingerprint(export),
+        images={"valid": len(bench.valid.labels), "proof": len(bench.test.reference)}, proven_on=bench.proven_on,
         parts={linear: part for part, (linear,) in bench.singles.items()},
     )  # fmt: skip
     return path

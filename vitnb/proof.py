@@ -22,6 +22,7 @@ COLUMNS = [
     "linears_kept",
     "top1",
 ]
+TEST, HALF = "test images", "validation images that did not choose"  # what a proof may be on
 
 
 def trade_off(rows: list[dict], uniform_bytes: int) -> pd.DataFrame:
@@ -48,7 +49,7 @@ def cut(nf4, plan) -> tuple[float, float, float]:
 
 
 def proven(record: dict) -> dict:
-    """The plan on the test split: its cut with the interval, and how many random plans of the same bytes it beats.
+    """The plan on the images that prove: its cut with the interval, and how many random plans of the same bytes it beats.
 
     Returns:
         cut, low, high; random (their number), beaten (by the mean KL), beyond_noise (of these by a paired t-test, corrected for their
@@ -71,12 +72,18 @@ def proven(record: dict) -> dict:
     }  # fmt: skip
 
 
+def proven_on(record: dict) -> str:
+    """Which images the proof is on; a record that does not say is from when it was always the test split."""
+    return record.get("proven_on", TEST)
+
+
 def told(record: dict) -> str:
     """The verdict in one or two sentences: cut by how much, beats how many, and whether that is what a plan should do."""
-    found, plan = proven(record), record["plan"]
+    found, plan, on = proven(record), record["plan"], proven_on(record)
     said = (
         f"plan {plan['name']} holds {plan['extra_bytes'] / plan['uniform_bytes']:.1%} more bytes than uniform NF4. On {found['images']} "
-        f"test images, which chose nothing, it cuts the KL to fp32 by {found['cut']:.1%} ({found['low']:.1%} to {found['high']:.1%}), and "
+        f"{on}{', which chose nothing' * (on == TEST)}, it cuts the KL to fp32 by {found['cut']:.1%} "
+        f"({found['low']:.1%} to {found['high']:.1%}), and "
         f"beats {found['beaten']} of {found['random']} random plans of the same bytes ({found['beyond_noise']} beyond noise; the best of "
         f"them cuts {found['best_random']:.1%})."
     )

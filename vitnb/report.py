@@ -23,6 +23,7 @@ from vitnb import (
     memory,
     proof,
     records,
+    repeats,
     studies,
     summary,
     waterfall,
@@ -97,7 +98,10 @@ def write(study: studies.Study) -> Path:
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     widths = sorted(effects.bits.unique().tolist()) if ablated else []
     keep = {bits: ablate.recommended(effects, bits) for bits in widths}
-    plans = [{"record": r, "told": proof.told(r), "kept": proof.kept(r), "traded": proof.shown(r)} for r in planned]
+    plans = [
+        {"record": r, "told": proof.told(r), "kept": proof.kept(r), "on": proof.proven_on(r), "traded": proof.shown(r)}
+        for r in planned
+    ]
     html = page.render(
         study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
         advice=pd.DataFrame(advice.recommendation(table, ratios, answers)), same_kernel=advice.not_comparable(table),
@@ -108,6 +112,7 @@ def write(study: studies.Study) -> Path:
         depths=depth.answers(ablated["rows"], widths) if ablated else [], plans=plans, old_plans=old_plans,
         based=based, fallen=fallen, techniques=ladders.TOLD,
         doubles=duplicates.told(finetuned["duplicates"]) if finetuned and "duplicates" in finetuned else "",
+        repeated=repeats.told(finetuned["seeds"]) if finetuned and "seeds" in finetuned else "",
         scored=next((record.get("split", "test") for record in evaluated), "test"),
         stepped=stepped(waterfall.table(fallen)) if fallen else None, records=found, newest=found[-1], MB=summary.MB,
     )  # fmt: skip

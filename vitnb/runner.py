@@ -47,6 +47,7 @@ def parse(path: Path, given: list[tuple[str, str]]) -> tuple[dict[str, object], 
 
         records.check_machine(study)
     study.sizes(asked.get("batch_size"))
+    study.trainings(asked.get("seeds"))
     if asked.get("variant") is not None:
         variants.get(asked["variant"])
     return parameters, asked

@@ -30,6 +30,7 @@ class Finetune:
     dropout: float = 0.1  # in the adapters
     crop_scale: float = 0.6  # smallest area of a random crop, as a share of the image
     label_smoothing: float = 0.0  # share of the target that is spread over all classes (arXiv:1512.00567)
+    seeds: int = 1  # trainings, each with a seed of its own; the first is exported (see ``repeats``)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ class Study:
         if asked is not None and asked < 1:
             raise UserError(f"batch_size must be at least 1, got {asked}")
         return self.batch_sizes if asked is None else [asked]
+
+    def trainings(self, asked: int | None) -> int:
+        """How many trainings: as many as were asked for, or the study's own; UserError below 1."""
+        if asked is not None and asked < 1:
+            raise UserError(f"seeds must be at least 1, got {asked}")
+        return self.finetune.seeds if asked is None else asked
 
     def checkpoint(self, name: str) -> Path:
         """The folder of the export called ``merged``, ``nf4`` or ``int8``."""

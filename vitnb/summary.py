@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from vitnb import accuracy, latency, proof, records, roofline, studies, variants
+from vitnb import accuracy, latency, proof, records, repeats, roofline, studies, variants
 
 MB = 2**20  # megabytes are 2^20 bytes everywhere, as in the source study
 COLUMNS = [
@@ -168,7 +168,7 @@ def results(study: studies.Study) -> dict[str, float]:
 
 
 def finetuned(record: dict) -> dict[str, float]:
-    """Named results of a finetune record."""
+    """Named results of a finetune record; of several seeds, see ``repeats.results``."""
     sizes = record["disk_bytes"]
     return {
         "valid top1": max(row["valid_top1"] for row in record["history"]),
@@ -177,7 +177,7 @@ def finetuned(record: dict) -> dict[str, float]:
         "linear probe top1": record["floors"]["probe"],
         "nf4 disk ratio": sizes["nf4"] / sizes["merged"],
         "int8 disk ratio": sizes["int8"] / sizes["merged"],
-    }
+    } | repeats.results(record.get("seeds", []))  # a record from before there were several has none
 
 
 def evaluated(record: dict) -> dict[str, float]:
@@ -194,6 +194,6 @@ def ablated(record: dict) -> dict[str, float]:
 
 
 def planned(record: dict) -> dict[str, float]:
-    """Named results of a plan record, on the test split; see ``proof.proven``."""
+    """Named results of a plan record, on the images that did not choose it; see ``proof.proven``."""
     found, name = proof.proven(record), record["plan"]["name"]
     return {f"plan {name} KL cut": found["cut"], f"plan {name} random plans beaten": found["beaten"] / found["random"]}

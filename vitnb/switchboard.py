@@ -25,7 +25,7 @@ PLAIN = 16  # bits of a Linear that is not quantized
 class Images:
     """What every configuration answers: the images of one split, and what the full-precision model says of them.
 
-    pixels: batches of float32 [batch, 3, height, width]; labels: int64 [images]; reference: float64 [images, classes];
+    pixels: batches of float32 [batch, 3, height, width]; labels: int64 [images], or none; reference: float64 [images, classes];
     digest: SHA-256 of pixels and labels.
     """
 
@@ -35,10 +35,10 @@ class Images:
     digest: str
 
     def scores(self, logits: torch.Tensor) -> dict:
-        """top1, kl (mean, nats), and raw by image: predicted and kl_by_image."""
+        """top1 (None without labels), kl (mean, nats), and raw by image: predicted and kl_by_image."""
         divergence, predicted = accuracy.kl(self.reference, logits), logits.argmax(-1)
         return {
-            "top1": (predicted == self.labels).double().mean().item(),
+            "top1": (predicted == self.labels).double().mean().item() if len(self.labels) else None,
             "kl": divergence.mean().item(),
             "predicted": predicted.tolist(),
             "kl_by_image": accuracy.six_digits(divergence),

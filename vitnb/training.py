@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
-from vitnb import data, models, studies
+from vitnb import data, held, models, studies
 from vitnb.errors import UserError
 
 
@@ -35,7 +35,7 @@ def _gather(team: Accelerator | None, value: float) -> list[float]:
 
 
 @torch.no_grad()
-def top1(model: nn.Module, pixels: data.Pixels, on: torch.device, team: Accelerator | None = None) -> float:
+def top1(model: nn.Module, pixels: Dataset, on: torch.device, team: Accelerator | None = None) -> float:
     """Share of right answers on a split, in evaluation mode; leaves the model in training mode.
 
     ``team``: the processes that share the split, each image counted once.
@@ -83,7 +83,7 @@ def train(
     rank, processes = (0, 1) if team is None else (team.process_index, team.num_processes)
     on = next(model.parameters()).device
     images = data.Pixels(train, processor, seed, budget.crop_scale)
-    held_out = data.Pixels(valid, processor)
+    held_out = held.Held(data.Pixels(valid, processor))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=budget.learning_rate, weight_decay=0.01)
     steps = -(-len(images) // budget.batch_size)

@@ -73,7 +73,7 @@ def _point(axis: Axes, row, marker: str, colour: str, label: str) -> None:
 
 
 def plan_curve(record: dict) -> Figure:
-    """KL against bytes: on validation images, every budget, measured and predicted; on test images, the plan among random ones."""
+    """KL against bytes: on the images that chose, every budget, measured and predicted; on those that prove, the plan among random ones."""
     plan = record["plan"]
     curve = proof.trade_off(record["curve"], plan["uniform_bytes"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), layout="constrained", width_ratios=(3, 2))
@@ -94,7 +94,9 @@ def plan_curve(record: dict) -> Figure:
     right.scatter(chance.extra, chance.kl, s=28, color="0.6", label=f"{len(chance)} random plans")
     for name, marker, colour in ((proof.NF4, "s", "0.35"), ("plan", "o", "#d55e00")):
         _point(right, tested.loc[name], marker, colour, f"plan {plan['name']}" if name == "plan" else name)
-    right.set(title="Proven: test images", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None))
+    right.set(
+        title=f"Proven: {proof.proven_on(record)}", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None)
+    )
     right.xaxis.set_major_formatter(lambda value, _: f"+{value:.1%}")
     right.margins(x=0.2)
     right.legend(fontsize=8)
