@@ -106,14 +106,25 @@ def test_from_fine_tuning_to_naming_images(name, place, outputs, capsys):
     training.train(model, made, processor, train, valid)
     finetune.export(model, made, processor, train.class_names)
     pixels, found = torch.stack([p for p, _ in data.Pixels(test, processor)]), {}
-    for variant in ("fp32-sdpa", "fp32-eager", "nf4-sdpa", "int8-fa2"):
+    asked = {
+        "fp32-sdpa": 1e-4,
+        "fp32-eager": 1e-4,
+        "nf4-sdpa": 1.0,
+        "int8-fa2": 0.3,
+    }  # how far from plain transformers, in spreads
+    if models.device().type == "cuda" and name in ("swin", "beit"):  # flash-attn has no place for their position bias
+        with pytest.raises(VariantError, match="use an sdpa variant"):
+            accuracy.predict(models.load(made, variants.get("int8-fa2")), test)
+        asked["int8-sdpa"] = asked.pop("int8-fa2")
+    for variant in asked:
         loaded = models.load(made, variants.get(variant))
         assert loaded.linears_kept == (1 if loaded.variant.quantized else loaded.linears_kept)
         predictions, logits = accuracy.predict(loaded, test)
         found[variant] = torch.from_numpy(logits)
         assert loaded.class_names == train.class_names and predictions["labels"] == test.labels
-        assert kernels.trace(loaded, pixels[:2])["attention_ran"] == (
-            "eager" if variant == "fp32-eager" else "flash-cpu"
+        ran = kernels.trace(loaded, pixels[:2])["attention_ran"]
+        assert (ran == "eager") == (variant == "fp32-eager") and (
+            ran in ("eager", "flash-cpu") or loaded.device.type == "cuda"
         )
         latency.sweep(loaded, test, [1], made.latency)
         rows, _ = infer.classify(loaded, test.paths, test.root)
@@ -125,7 +136,7 @@ def test_from_fine_tuning_to_naming_images(name, place, outputs, capsys):
     with torch.no_grad():
         wanted = plain(pixel_values=pixels).logits
     spread = wanted.std().item()
-    for variant, off in (("fp32-sdpa", 1e-4), ("fp32-eager", 1e-4), ("nf4-sdpa", 1.0), ("int8-fa2", 0.3)):
+    for variant, off in asked.items():
         assert (found[variant] - wanted).abs().mean() < off * spread, variant
     if "vit," not in name:
         with pytest.raises(VariantError, match="the fused engine knows ViT"):
