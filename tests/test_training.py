@@ -1,7 +1,8 @@
 """The training loop: repeatable, the best epoch kept, and for one of several processes nothing lost and nothing counted twice."""
 
+import re
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 
 import numpy as np
 import pytest
@@ -44,6 +45,21 @@ def test_held_validation_images_change_nothing(mini, shapes, monkeypatch):
         times = {seen.count(path) for path in valid.paths}
         found.append((times, [(row["loss"], row["valid_top1"]) for row in history]))
     assert [times for times, _ in found] == [{2}, {1}] and found[0][1] == found[1][1] and len(found[0][1]) == 2
+
+
+def test_a_long_epoch_says_how_far_it_is(mini, shapes, monkeypatch, capsys):
+    """A clock that goes 90 s with every look at it: the first epoch's batches take 180 s each, and each is told."""
+    train, valid, processor = shapes
+    ticks = count(step=90)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
+    training.train(fresh(mini, shapes), mini, processor, train, valid, epochs=1)
+    batches = -(-len(train) // mini.finetune.batch_size)
+    said = re.findall(r"epoch  1/1  batch (\d+) of (\d+), at most (\d+) min left", capsys.readouterr().out)
+    assert [(int(at), int(of)) for at, of, _ in said] == [(i, batches) for i in range(1, batches + 1)]
+    # Looks: once at the start, once as the epoch begins, then twice a batch.
+    assert [int(left) for *_, left in said] == [
+        round((90 + 180 * i) / i * (batches - i) / 60) for i in range(1, batches + 1)
+    ]
 
 
 def test_the_best_epoch_is_kept_and_the_training_stops_early(mini, shapes, monkeypatch):

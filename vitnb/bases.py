@@ -8,6 +8,8 @@ from torch import nn
 from vitnb import checkpoints, models, quantize, studies
 from vitnb.errors import UserError, one_line
 
+OURS = "data/base"  # the base that comes with this repository
+
 
 def find(study: studies.Study) -> str:
     """The study's base model as a local folder or, where the study names one, a hub name.
@@ -25,8 +27,12 @@ def find(study: studies.Study) -> str:
         raise UserError(
             f"no base model at {folder}: make it with 'python -m vitnb pretrain {Path(study.base).parts[1]}'"
         )
+    if study.base == OURS:
+        raise UserError(f"no base model at {folder}: restore it with 'git checkout {OURS}'")
     if study.base.startswith((".", "/", "data/")):
-        raise UserError(f"no base model at {folder}: restore it with 'git checkout {study.base}'")
+        raise UserError(
+            f"no base model at {folder}: put the checkpoint there (config.json, *.safetensors and its preprocessing)"
+        )
     return study.base
 
 

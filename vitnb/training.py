@@ -19,6 +19,8 @@ from torch.utils.data import Dataset, Subset
 from vitnb import data, held, models, studies
 from vitnb.errors import UserError
 
+SILENCE = 60.0  # seconds in which a training says nothing, at most a batch more
+
 
 def precision(on: torch.device):
     """Autocast to 16 bits where the hardware has units for it, else a context that changes nothing."""
@@ -97,6 +99,7 @@ def train(
         gc.collect()  # what earlier work has left would count as memory of the training
         torch.cuda.reset_peak_memory_stats(on)
     model.train()
+    started = heard = time.perf_counter()
     for epoch in range(budget.epochs):
         begin, total = time.perf_counter(), 0.0
         images.epoch = epoch
@@ -115,6 +118,13 @@ def train(
             scaler.update()
             schedule.step()
             total += loss.item() * mine
+            if time.perf_counter() - heard > SILENCE:
+                heard, done = time.perf_counter(), epoch * steps + step + 1
+                left = (heard - started) / done * (steps * budget.epochs - done) / 60
+                _tell(
+                    rank,
+                    f"epoch {epoch + 1:2d}/{budget.epochs}  batch {step + 1} of {steps}, at most {left:.0f} min left",
+                )
         row = {"epoch": epoch + 1, "loss": sum(_gather(team, total)) / len(images)}
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss of epoch {epoch + 1} is {row['loss']}: lower finetune: learning_rate")
@@ -126,6 +136,7 @@ def train(
         history.append(row)
         progress = f"epoch {epoch + 1:2d}/{budget.epochs}  loss {row['loss']:.3f}  valid top-1 {row['valid_top1']:.3f}"
         _tell(rank, f"{progress}  {row['seconds']:.0f} s")
+        heard = time.perf_counter()
         if row["valid_top1"] > best:
             best, kept = row["valid_top1"], {name: p.detach().clone() for name, p in learned.items()}
         elif epoch + 1 - max(history, key=lambda r: r["valid_top1"])["epoch"] >= budget.patience:
