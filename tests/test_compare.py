@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from vitnb import advice, claims, compare, figures, report, studies, workers
+from vitnb import advice, claims, compare, figures, report, studies, turns, workers
 from vitnb.errors import UserError, VariantError
+from vitnb.unfinished import Unfinished
 from vitnb.workers import Worker
 
 
@@ -97,7 +98,7 @@ def test_a_process_that_dies_is_a_reason():
 
 def test_rounds_hold_one_block_of_everyone(sleepers):
     budget = studies.Compare(rounds=25, seconds=1e9, forwards=3)
-    blocks = compare.take_turns({name: [w] for name, w in sleepers.items()}, 4, budget)
+    blocks = turns.take({name: [w] for name, w in sleepers.items()}, 4, budget)
     assert {name: np.shape(b) for name, b in blocks.items()} == {"1": (25, 3), "1.5": (25, 3)}
     found = compare.pair(blocks["1.5"], blocks["1"])
     assert found.ratio == pytest.approx(1.5) and found.samples == 25
@@ -105,7 +106,7 @@ def test_rounds_hold_one_block_of_everyone(sleepers):
 
 
 def test_seconds_end_the_turns_but_not_below_twenty_rounds(sleepers):
-    blocks = compare.take_turns(
+    blocks = turns.take(
         {name: [w] for name, w in sleepers.items()}, 1, studies.Compare(rounds=10**6, seconds=1e-9, forwards=1)
     )
     assert len(blocks["1"]) == 20
@@ -130,9 +131,9 @@ def test_a_variant_that_fails_at_one_size_is_blank_at_that_size_alone(monkeypatc
 def test_where_nobody_keeps_the_reason_a_failure_is_raised():
     with Worker(None, "1.5", bench=Fragile) as worker:
         with pytest.raises(VariantError, match="out of memory"):
-            compare.warm_up({"1.5": [worker]}, 2)
+            turns.warm_up({"1.5": [worker]}, 2)
         with pytest.raises(VariantError, match="misaligned"):
-            compare.take_turns({"1.5": [worker]}, 3, studies.Compare(rounds=20, seconds=1e9, forwards=1))
+            turns.take({"1.5": [worker]}, 3, studies.Compare(rounds=20, seconds=1e9, forwards=1))
 
 
 def test_all_may_fail(monkeypatch):
@@ -142,6 +143,26 @@ def test_all_may_fail(monkeypatch):
     )
     found = compare.measure(study)
     assert found["blocks_ms"] == {"2": {}, "3": {}} and len(found["failed"]) == 2
+
+
+def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "Bench", Fragile)
+    budget = studies.Compare(rounds=20, seconds=1e9, forwards=1, processes=1)
+    study = studies.Study("x", "", "", "", "", variants=["1", "1.5"], batch_sizes=[1, 2, 3], compare=budget)
+    whole, take, asked = compare.measure(study), turns.take, []
+
+    def killed_at_three(workers, size, *rest):
+        asked.append(size)
+        if asked == [1, 2, 3]:
+            raise KeyboardInterrupt
+        return take(workers, size, *rest)
+
+    monkeypatch.setattr(turns, "take", killed_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        compare.measure(study, done=Unfinished(tmp_path))
+    assert compare.measure(study, done=Unfinished(tmp_path)) == whole and asked == [1, 2, 3, 3]
+    compare.measure(study, done=Unfinished(tmp_path, machine="another"))
+    assert asked[4:] == [1, 2, 3]
 
 
 def test_a_turn_begins_with_five_milliseconds_that_are_not_counted():
@@ -182,12 +203,12 @@ def test_the_order_is_drawn_anew():
                 asked.append(self.name)
             return [1.0]
 
-    compare.take_turns({n: [Listed(n)] for n in "abc"}, 1, studies.Compare(rounds=300, seconds=1e9, forwards=1))
+    turns.take({n: [Listed(n)] for n in "abc"}, 1, studies.Compare(rounds=300, seconds=1e9, forwards=1))
     firsts = asked[::3]
     assert sorted(asked[:3]) == ["a", "b", "c"] and all(70 < firsts.count(name) < 130 for name in "abc")
     asked.clear()
     several = {n: [Listed(n + "1"), Listed(n + "2")] for n in "ab"}
-    compare.take_turns(several, 1, studies.Compare(rounds=200, seconds=1e9, forwards=1))
+    turns.take(several, 1, studies.Compare(rounds=200, seconds=1e9, forwards=1))
     assert len(asked) == 400 and all(60 < asked.count(name) < 140 for name in ("a1", "a2", "b1", "b2"))
 
 

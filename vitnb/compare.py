@@ -5,6 +5,7 @@ and the ratio of their times stands still where the times themselves do not.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain, combinations
 from pathlib import Path
@@ -12,73 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vitnb import accuracy, intervals, peers, records, studies, variants
+from vitnb import accuracy, checkpoints, intervals, machine, peers, records, studies, turns, variants
 from vitnb.errors import UserError, VariantError, one_line
+from vitnb.unfinished import Unfinished
 from vitnb.workers import Bench, Worker
 
 RATIO_COLUMNS = ["a", "b", "batch_size", "ratio", "low", "high", "samples"]
 TIME_COLUMNS = ["variant", "batch_size", "p50_ms", "low", "high", "samples"]
-FEWEST_ROUNDS = 20
-
-
-def _fail(failed: dict[str, str] | None, name: str, error: VariantError) -> None:
-    """Keep the reason, or raise the error again where nobody keeps it."""
-    if failed is None:
-        raise error
-    failed[name] = one_line(error)
-
-
-def warm_up(
-    workers: dict[str, list[Worker]], batch_size: int, failed: dict[str, str] | None = None
-) -> dict[str, list[dict]]:
-    """Bring every process to a stable time at this batch size; what each answers, see ``workers.Bench.warm_up``.
-
-    One that fails is left out, its reason in ``failed``; without such a dict its error is raised.
-    """
-    for worker in chain.from_iterable(workers.values()):  # what is compiled is compiled at once
-        worker.send("prepare", batch_size=batch_size)
-    ready, warmed = [], {}
-    for name, several in workers.items():
-        try:
-            _ = [worker.receive() for worker in several]
-            ready.append(name)
-        except VariantError as error:
-            _fail(failed, name, error)
-    for name in ready:
-        several = workers[name]
-        try:
-            warmed[name] = [worker.ask("warm_up", batch_size=batch_size) for worker in several]
-        except VariantError as error:
-            _fail(failed, name, error)
-    return warmed
-
-
-def take_turns(
-    workers: dict[str, list[Worker]],
-    batch_size: int,
-    budget: studies.Compare,
-    seed: int = 0,
-    failed: dict[str, str] | None = None,
-) -> dict[str, list]:
-    """Blocks of forwards in rounds, every variant once a round, in an order drawn anew: {name: [[ms, ...], ...]}.
-
-    A variant's turn goes to one of its processes at random: two processes of the same program differ by a percent, by where
-    their memory lies, and that must not pass for a difference between variants. Ends after ``budget.rounds`` or
-    ``budget.seconds``, but not before FEWEST_ROUNDS. One that fails has no more turns and no blocks; see ``warm_up``.
-    """
-    random, blocks = np.random.default_rng(seed), {name: [] for name in workers}
-    workers, begin = dict(workers), time.perf_counter()
-    for done in range(budget.rounds):
-        if not workers or (done >= FEWEST_ROUNDS and time.perf_counter() - begin > budget.seconds):
-            break
-        for name in random.permutation(list(workers)):
-            worker = workers[name][random.integers(len(workers[name]))]
-            try:
-                blocks[name].append(worker.ask("block", batch_size=batch_size, forwards=budget.forwards))
-            except VariantError as error:
-                _fail(failed, str(name), error)
-                del workers[name], blocks[name]
-    return blocks
 
 
 def pair(a: list[list[float]], b: list[list[float]]) -> intervals.Ratio:
@@ -86,15 +27,30 @@ def pair(a: list[list[float]], b: list[list[float]]) -> intervals.Ratio:
     return intervals.ratio(np.median(a, axis=1), np.median(b, axis=1))
 
 
-def measure(study: studies.Study, device: str | None = None) -> dict:
+def _side_by_side(workers: dict[str, list[Worker]], batch_size: int, study: studies.Study, tell: Callable) -> dict:
+    """One batch size: warm_up, blocks_ms and failed, by variant; see ``measure``."""
+    failed: dict[str, str] = {}
+    warmed = turns.warm_up(workers, batch_size, failed)
+    tell(f"batch {batch_size}: {len(warmed)} ready")
+    blocks = turns.take({name: workers[name] for name in warmed}, batch_size, study.compare, study.seed, failed)
+    for name, reason in failed.items():
+        tell(f"{name} failed at batch {batch_size}: {reason}")
+    tell(f"batch {batch_size}: {len(blocks)} side by side, {len(next(iter(blocks.values()), []))} rounds")
+    return {"warm_up": {name: first for name, (first, *_) in warmed.items()}, "blocks_ms": blocks, "failed": failed}
+
+
+def measure(study: studies.Study, device: str | None = None, done: Unfinished | None = None) -> dict:
     """Start ``study.compare.processes`` processes for every variant and peer, and let them take turns at every batch size.
+
+    Args:
+        done: where each finished batch size is kept, and not measured again; None: nowhere.
 
     Returns:
         blocks_ms: {batch size: {variant: [rounds][forwards] milliseconds}}; warm_up: {batch size: {variant: what its first
         process says, see ``workers.Bench.warm_up``}}; attention_launched: by variant; peers: what each describes; failed:
         {variant, or "variant at batch size": reason} for those that cannot run here at all, or not at that size.
     """
-    failed, described, blocks, begun, begin = {}, {}, {}, {}, time.perf_counter()
+    done, failed, described, begin = done or Unfinished(None), {}, {}, time.perf_counter()
 
     def tell(what: str) -> None:
         print(f"{what}, {time.perf_counter() - begin:.0f} s from the start", flush=True)
@@ -116,23 +72,38 @@ def measure(study: studies.Study, device: str | None = None) -> dict:
                 tell(f"{name} failed: {failed[name]}")
             else:
                 tell(f"{name} loaded")
-        for size in study.batch_sizes:
-            here: dict[str, str] = {}
-            warmed = warm_up(workers, size, here)
-            begun[str(size)] = {name: answers[0] for name, answers in warmed.items()}
-            tell(f"batch {size}: {len(warmed)} ready")
-            ready = {name: workers[name] for name in warmed}
-            blocks[str(size)] = take_turns(ready, size, study.compare, study.seed, here)
-            failed |= {f"{name} at batch {size}": reason for name, reason in here.items()}
-            for name, reason in here.items():
-                tell(f"{name} failed at batch {size}: {reason}")
-            rounds = len(next(iter(blocks[str(size)].values()), []))
-            tell(f"batch {size}: {len(blocks[str(size)])} side by side, {rounds} rounds")
-    launched = {name: found["attention_launched"] for name, found in described.items() if name in study.variants}
-    about = {name: found for name, found in described.items() if name in study.peers}
+        sizes = {
+            size: done.get(lambda size=size: _side_by_side(workers, size, study, tell), batch_size=size)
+            for size in study.batch_sizes
+        }
+    for size, found in sizes.items():
+        failed |= {f"{name} at batch {size}": reason for name, reason in found["failed"].items()}
     return {
-        "blocks_ms": blocks, "warm_up": begun, "attention_launched": launched, "peers": about, "failed": failed,
-    }  # fmt: skip
+        "blocks_ms": {str(size): found["blocks_ms"] for size, found in sizes.items()},
+        "warm_up": {str(size): found["warm_up"] for size, found in sizes.items()},
+        "attention_launched": {
+            name: about["attention_launched"] for name, about in described.items() if name in study.variants
+        },
+        "peers": {name: about for name, about in described.items() if name in study.peers},
+        "failed": failed,
+    }
+
+
+def unfinished(study: studies.Study, device: str | None, folder: Path) -> Unfinished:
+    """The store of the batch sizes that are done: times belong to one machine, one code and one set of exports."""
+    here = machine.machine()
+    return Unfinished(
+        folder, variants=study.variants, peers=study.peers, budget=vars(study.compare), seed=study.seed, device=device,
+        checkpoints={name: checkpoints.fingerprint(study.checkpoint(name)) for name in exports(study)},
+        machine=[here[key] for key in ("cpu", "gpu_uuid", "driver", "code_sha256")],
+    )  # fmt: skip
+
+
+def exports(study: studies.Study) -> list[str]:
+    """The exports that the variants and peers of a study are loaded from."""
+    return sorted(
+        {variants.get(name).checkpoint for name in [*study.variants, *[variants.CONTROL] * bool(study.peers)]}
+    )
 
 
 def run(study: studies.Study, device: str | None = None) -> Path:
@@ -141,13 +112,13 @@ def run(study: studies.Study, device: str | None = None) -> Path:
     Returns the path of the ratios.
     """
     records.check_machine(study)
-    for name in {variants.get(name).checkpoint for name in [*study.variants, *[variants.CONTROL] * bool(study.peers)]}:
+    for name in exports(study):
         if not study.checkpoint(name).is_dir():
             raise UserError(
                 f"no checkpoint at {study.checkpoint(name)}: make it with 'python -m vitnb run finetune -p study {study.typed}'"
             )
     started = records.start("compare", study.typed, variants=study.variants, peers=study.peers, device=device)
-    found = measure(study, device)
+    found = measure(study, device, unfinished(study, device, started.unfinished))
     logits = accuracy.kept_logits(study)
     record = started.save(**found, answers=accuracy.answers(logits), engines=accuracy.engines(logits))
     for name, table in (("ratios", ratios(record)), ("times", times(record))):

@@ -60,7 +60,8 @@ def _labels(images: TensorDataset) -> np.ndarray:
 def on_untrained_base(study: studies.Study, classes: int, train: TensorDataset, test: TensorDataset) -> float:
     """Test top-1 of a trained head on the base's architecture with random weights."""
     config = AutoConfig.from_pretrained(bases.find(study), num_labels=classes)
-    model = AutoModelForImageClassification.from_config(config).to(models.device()).eval()
+    with models.device():  # drawn where it is used: a GPU fills a large model in no time
+        model = AutoModelForImageClassification.from_config(config).eval()
     return _probe(model, train, test)
 
 

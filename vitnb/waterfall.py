@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitnb import accuracy, checkpoints, compare, data, intervals, latency, models, records, studies, variants
+from vitnb import accuracy, checkpoints, compare, data, intervals, latency, models, records, studies, turns, variants
 from vitnb.errors import UserError, VariantError, one_line
 from vitnb.ladders import FIRST, LADDERS, Step
 
@@ -35,7 +35,7 @@ def _failing_alone() -> Iterator[None]:
 
 
 class Held:
-    """A step's model, ready in this process; ``compare.take_turns`` asks it as it asks a worker."""
+    """A step's model, ready in this process; ``turns.take`` asks it as it asks a worker."""
 
     def __init__(self, study: studies.Study, step: Step, on: torch.device):
         techniques = None if step.techniques is None else frozenset(step.techniques)
@@ -111,7 +111,7 @@ def measure(study: studies.Study, on: torch.device) -> dict:
             except VariantError as error:
                 here[name] = one_line(error)
                 del ready[name]
-        blocks[str(size)] = compare.take_turns(
+        blocks[str(size)] = turns.take(
             {name: [one] for name, one in ready.items()}, size, study.compare, study.seed, here
         )
         rounds = len(next(iter(blocks[str(size)].values()), []))

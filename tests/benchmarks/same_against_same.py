@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from slower import EXTRA, Slower
 
-from vitnb import compare, intervals, machine, records, studies
+from vitnb import compare, intervals, machine, records, studies, turns
 from vitnb.workers import Bench, Worker
 
 VARIANT, BATCH_SIZE, PROCESSES = "fp32-sdpa", 1, 3
@@ -34,10 +34,10 @@ def launch(study: studies.Study, other: type, seed: int) -> list[dict]:
             name: [stack.enter_context(Worker(study, VARIANT, "cpu", bench)) for _ in range(PROCESSES)]
             for name, bench in (("plain", Bench), ("other", other))
         }
-        compare.warm_up(workers, BATCH_SIZE)
+        turns.warm_up(workers, BATCH_SIZE)
         rows = []
         for pair in range(PAIRS_A_LAUNCH):
-            blocks = compare.take_turns(workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair)
+            blocks = turns.take(workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair)
             found = compare.pair(blocks["other"], blocks["plain"])
             rows.append({"launch": seed, "pair": pair, "rounds": found.samples, "ratio": found.ratio, "low": found.low,
                          "high": found.high, "p": found.p, "different": found.different})  # fmt: skip

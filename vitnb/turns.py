@@ -1,0 +1,72 @@
+"""Turns: live processes of each variant, asked in rounds for short blocks of forwards, in an order drawn anew."""
+
+import time
+from itertools import chain
+
+import numpy as np
+
+from vitnb import studies
+from vitnb.errors import VariantError, one_line
+from vitnb.workers import Worker
+
+FEWEST_ROUNDS = 20
+
+
+def _fail(failed: dict[str, str] | None, name: str, error: VariantError) -> None:
+    """Keep the reason, or raise the error again where nobody keeps it."""
+    if failed is None:
+        raise error
+    failed[name] = one_line(error)
+
+
+def warm_up(
+    workers: dict[str, list[Worker]], batch_size: int, failed: dict[str, str] | None = None
+) -> dict[str, list[dict]]:
+    """Bring every process to a stable time at this batch size; what each answers, see ``workers.Bench.warm_up``.
+
+    One that fails is left out, its reason in ``failed``; without such a dict its error is raised.
+    """
+    for worker in chain.from_iterable(workers.values()):  # what is compiled is compiled at once
+        worker.send("prepare", batch_size=batch_size)
+    ready, warmed = [], {}
+    for name, several in workers.items():
+        try:
+            _ = [worker.receive() for worker in several]
+            ready.append(name)
+        except VariantError as error:
+            _fail(failed, name, error)
+    for name in ready:
+        several = workers[name]
+        try:
+            warmed[name] = [worker.ask("warm_up", batch_size=batch_size) for worker in several]
+        except VariantError as error:
+            _fail(failed, name, error)
+    return warmed
+
+
+def take(
+    workers: dict[str, list[Worker]],
+    batch_size: int,
+    budget: studies.Compare,
+    seed: int = 0,
+    failed: dict[str, str] | None = None,
+) -> dict[str, list]:
+    """Blocks of forwards in rounds, every variant once a round, in an order drawn anew: {name: [[ms, ...], ...]}.
+
+    A variant's turn goes to one of its processes at random: two processes of the same program differ by a percent, by where
+    their memory lies, and that must not pass for a difference between variants. Ends after ``budget.rounds`` or
+    ``budget.seconds``, but not before FEWEST_ROUNDS. One that fails has no more turns and no blocks; see ``warm_up``.
+    """
+    random, blocks = np.random.default_rng(seed), {name: [] for name in workers}
+    workers, begin = dict(workers), time.perf_counter()
+    for done in range(budget.rounds):
+        if not workers or (done >= FEWEST_ROUNDS and time.perf_counter() - begin > budget.seconds):
+            break
+        for name in random.permutation(list(workers)):
+            worker = workers[name][random.integers(len(workers[name]))]
+            try:
+                blocks[name].append(worker.ask("block", batch_size=batch_size, forwards=budget.forwards))
+            except VariantError as error:
+                _fail(failed, str(name), error)
+                del workers[name], blocks[name]
+    return blocks
