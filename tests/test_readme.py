@@ -169,9 +169,10 @@ def test_the_comparison_tells_equal_from_different():
         assert f"{called} of {pairs}" in README
 
 
-def test_times_on_a_gpu_beside_tritons():
-    """What the README says of the published run; rows beyond 1% are counted, not hidden."""
-    table, rounds = pd.read_csv(INSTRUMENT / "gpu.csv"), pd.read_csv(INSTRUMENT / "rounds.csv")
+@pytest.mark.parametrize(("folder", "beyond"), [("", 1), ("busy-host", 3)])
+def test_times_on_a_gpu_beside_tritons(folder, beyond):
+    """What the README says of both published runs; rows beyond 1% are counted, not hidden."""
+    table, rounds = pd.read_csv(INSTRUMENT / folder / "gpu.csv"), pd.read_csv(INSTRUMENT / folder / "rounds.csv")
     for row in table.itertuples():
         times = rounds[(rounds.variant == row.variant) & (rounds.batch_size == row.batch_size)]
         assert len(times) == row.rounds and times.ours_ms.median() == pytest.approx(row.p50_ms, rel=1e-9)
@@ -181,16 +182,13 @@ def test_times_on_a_gpu_beside_tritons():
         ):
             assert found == pytest.approx(np.exp(np.log(times[of] / times[over]).median()), rel=1e-9)
     off, itself = abs(table.over_do_bench - 1), abs(table.do_bench_over_itself - 1)
-    (worst,) = table[off > 0.01].itertuples()
-    assert (
-        len(table) == 14 and f"within 1% in {(off <= 0.01).sum()} of 14 rows, and {100 * off.max():.1f}% off" in README
-    )
-    assert f"within 1% in {(itself <= 0.01).sum()} of 14 rows, and {100 * itself.max():.1f}% off" in README
-    assert worst.low < 1 < worst.high
+    assert len(table) == 14 and (off > 0.01).sum() == beyond and table.code_sha256.nunique() == 1
+    for found in (off, itself):
+        assert f"{(found <= 0.01).sum()} of 14 rows, and {100 * found.max():.1f}% off" in README
+    assert ((table.low < 1) & (table.high > 1))[off > 0.001].all()
     busy = table.idle_share < 0.02
     assert busy.sum() == 2 and max(off[busy].max(), itself[busy].max()) < 0.001
     assert (table.unclassified < 0.01).all() and abs(table.timeline_ratio - 1).max() < 0.012
-    assert table.code_sha256.nunique() == 1
 
 
 def test_no_planted_bug_survived():
