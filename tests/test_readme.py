@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from vitnb import ablate, accuracy, claims, compare, intervals, summary, waterfall
+from vitnb import ablate, accuracy, claims, compare, depth, intervals, proof, summary, waterfall
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "outputs" / "published" / "embedded"
@@ -56,6 +56,12 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     rows.sort(key=lambda row: order.index((row["variant"], row["batch_size"])))
     table, every = pd.DataFrame(rows, columns=summary.COLUMNS), pd.DataFrame(columns=compare.RATIO_COLUMNS)
     found = {"summary.csv": table, "ablation.csv": ablate.table(ablated["rows"])}
+    if {row["kept"] for row in ablated["rows"]} & {f"{ablate.ONLY}layer 0"}:  # in both directions
+        found["sensitivity.csv"] = ablate.effects(ablated["rows"])
+    for name in names:
+        if name.startswith("plan-"):
+            made = record(name, folder)
+            found[f"{name}.csv"] = proof.trade_off(made["curve"], made["plan"]["uniform_bytes"])
     if turns:
         every = compare.ratios(turns)
         found |= {"ratios.csv": every, "times.csv": compare.times(turns)}
@@ -151,6 +157,25 @@ def test_what_the_readme_says_of_the_gpu():
         f"top-1 {top1[0]:.3f} against LoRA's {top1[1]:.3f}, in {seconds[0]:.0f} s instead of {seconds[1]:.0f} s, "
         f"with {peaks[0] / 2**30:.1f} GiB instead of {peaks[1] / 2**30:.1f} GiB"
     ) in README
+
+
+def test_what_the_readme_says_of_the_plan():
+    made = record("plan-plus12")
+    found, plan = proof.proven(made), made["plan"]
+    assert found["met"] and set(plan["widths"].values()) == {16} and len(plan["widths"]) == 4
+    assert {made["parts"][name].rpartition(" ")[0] for name in plan["widths"]} == {"layer 0", "layer 1"}
+    assert (
+        f"{plan['extra_bytes'] / plan['uniform_bytes']:.1%} more bytes than uniform NF4. On the {found['images']:,} test images it "
+        f"cuts the KL to fp32 by {found['cut']:.1%} ({found['low']:.1%} to {found['high']:.1%}) and beats {found['beaten']} of 20"
+    ) in README
+    assert f"which cuts {found['best_random']:.1%}" in README.replace("\n", " ")
+    rows = record("ablate")["rows"]
+    ends = next(one for one in depth.answers(rows, [4]) if "First and last" in str(one))
+    late = next(one for one in depth.answers(rows, [4]) if "Late layers" in str(one))
+    kl = {row["kept"]: row["kl"] for row in rows if row["bits"] == 4}
+    assert f"first and the last layer of 12 removes {1 - kl['first and last'] / kl['none']:.0%} of the KL" in README
+    assert "does not hold here: it matters" in str(ends)
+    assert "no difference beyond noise between late layers and the others" in str(late)
 
 
 def test_single_numbers_in_the_readme():

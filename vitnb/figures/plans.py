@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vitnb import proof
 from vitnb.figures.style import panels
@@ -98,6 +99,7 @@ def plan_curve(record: dict) -> Figure:
         title=f"Proven: {proof.proven_on(record)}", xlabel="bytes beyond uniform NF4", ylabel=NATS, ylim=(0, None)
     )
     right.xaxis.set_major_formatter(lambda value, _: f"+{value:.1%}")
+    right.xaxis.set_major_locator(MaxNLocator(5))
     right.margins(x=0.2)
     right.legend(fontsize=8)
     return figure
