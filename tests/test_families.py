@@ -79,6 +79,8 @@ def base(name: str, folder):
     if name == "dinov2":  # as its authors give it: no head at all
         whole, model = model, Dinov2Model(model.config)
         model.load_state_dict(whole.dinov2.state_dict())
+    if name == "deit":  # a base may come in 16 bits
+        model.half()
     model.save_pretrained(folder)
     saved = load_file(folder / "model.safetensors")
     if name == "vit, new names":
