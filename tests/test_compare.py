@@ -145,11 +145,29 @@ def test_all_may_fail(monkeypatch):
     assert found["blocks_ms"] == {"2": {}, "3": {}} and len(found["failed"]) == 2
 
 
+class Here(nullcontext):
+    """A worker without a process."""
+
+    def __init__(self, study, variant, device, bench):
+        super().__init__(self)
+        self.bench = bench(study, variant, device)
+
+    def send(self, name, **options):
+        self.answer = self.ask(name, **options)
+
+    def receive(self):
+        return self.answer
+
+    def ask(self, name, **options):
+        return getattr(self.bench, name)(**options)
+
+
 def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "Bench", Fragile)
+    monkeypatch.setattr(compare, "Worker", Here)
     budget = studies.Compare(rounds=20, seconds=1e9, forwards=1, processes=1)
-    study = studies.Study("x", "", "", "", "", variants=["1", "1.5"], batch_sizes=[1, 2, 3], compare=budget)
-    whole, take, asked = compare.measure(study), turns.take, []
+    study = studies.Study("x", "", "", "", "", variants=["1"], batch_sizes=[1, 2, 3], compare=budget)
+    take, asked = turns.take, []
 
     def killed_at_three(workers, size, *rest):
         asked.append(size)
@@ -160,9 +178,10 @@ def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_p
     monkeypatch.setattr(turns, "take", killed_at_three)
     with pytest.raises(KeyboardInterrupt):
         compare.measure(study, done=Unfinished(tmp_path))
-    assert compare.measure(study, done=Unfinished(tmp_path)) == whole and asked == [1, 2, 3, 3]
-    compare.measure(study, done=Unfinished(tmp_path, machine="another"))
-    assert asked[4:] == [1, 2, 3]
+    found = compare.measure(study, done=Unfinished(tmp_path))
+    assert asked == [1, 2, 3, 3]
+    assert found["blocks_ms"] == {str(size): {"1": [[float(size)]] * 20} for size in (1, 2, 3)}
+    assert found["warm_up"] == {str(size): {"1": {"first_seconds": size}} for size in (1, 2, 3)}
 
 
 def test_a_turn_begins_with_five_milliseconds_that_are_not_counted():
