@@ -29,7 +29,7 @@ def test_layers_and_linears_of_a_vit_in_order():
         hidden_size=64, num_hidden_layers=12, num_attention_heads=1, intermediate_size=64, image_size=16, patch_size=8
     )
     model = ViTForImageClassification(config)
-    assert ablate.layers(model) == [f"vit.layers.{i}" for i in range(12)]
+    assert blocks.layers(model) == [f"vit.layers.{i}" for i in range(12)]
     found = ablate.configurations(model)
     assert len(found) == 3 + 2 * 12 and found["layer 10"] == ["vit.layers.10"]
     assert found["first and last"] == ["vit.layers.0", "vit.layers.11"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vitnb import accuracy, checkpoints, intervals, machine, peers, records, studies, turns, variants
+from vitnb import accuracy, checkpoints, intervals, peers, records, studies, turns, variants
 from vitnb.errors import UserError, VariantError, one_line
 from vitnb.unfinished import Unfinished
 from vitnb.workers import Bench, Worker
@@ -89,11 +89,11 @@ def measure(study: studies.Study, device: str | None = None, done: Unfinished | 
     }
 
 
-def unfinished(study: studies.Study, device: str | None, folder: Path) -> Unfinished:
-    """The store of the batch sizes that are done: times belong to one machine, one code and one set of exports."""
-    here = machine.machine()
+def unfinished(started: records.Run) -> Unfinished:
+    """The store of the batch sizes that a run has done: times belong to one machine, one code and one set of exports."""
+    study, here = started.study, started.record["machine"]
     return Unfinished(
-        folder, variants=study.variants, peers=study.peers, budget=vars(study.compare), seed=study.seed, device=device,
+        started.unfinished, asked=started.record["asked"], budget=vars(study.compare), seed=study.seed,
         checkpoints={name: checkpoints.fingerprint(study.checkpoint(name)) for name in exports(study)},
         machine=[here[key] for key in ("cpu", "gpu_uuid", "driver", "code_sha256")],
     )  # fmt: skip
@@ -118,7 +118,7 @@ def run(study: studies.Study, device: str | None = None) -> Path:
                 f"no checkpoint at {study.checkpoint(name)}: make it with 'python -m vitnb run finetune -p study {study.typed}'"
             )
     started = records.start("compare", study.typed, variants=study.variants, peers=study.peers, device=device)
-    found = measure(study, device, unfinished(study, device, started.unfinished))
+    found = measure(study, device, unfinished(started))
     logits = accuracy.kept_logits(study)
     record = started.save(**found, answers=accuracy.answers(logits), engines=accuracy.engines(logits))
     for name, table in (("ratios", ratios(record)), ("times", times(record))):

@@ -61,7 +61,8 @@ def on_untrained_base(study: studies.Study, classes: int, train: TensorDataset, 
     """Test top-1 of a trained head on the base's architecture with random weights."""
     config = AutoConfig.from_pretrained(bases.find(study), num_labels=classes)
     with models.device():  # drawn where it is used: a GPU fills a large model in no time
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32).eval()  # the base may be in 16 bits
+        # the base itself may be in 16 bits
+        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32).eval()
     return _probe(model, train, test)
 
 

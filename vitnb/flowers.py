@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitnb.exact import atan2_turns, clip, cos_turns, hashed, ramp, root, sin_turns
+from vitnb.scenery import backdrop, blade, develop, paint
 
 # Trait: (least, most) over all families. Where the range starts below 0, the trait is absent in that share of species.
 TRAITS = {
@@ -21,13 +22,6 @@ TRAITS = {
 COLOURS = ("tip", "base", "mark", "heart", "anther", "leaf")  # of petal tips and bases, marks, disc, anthers, leaves
 TRAITS_WIDTH = len(TRAITS) + 3 * len(COLOURS)
 
-
-def rgb(row: str) -> list[tuple[float, ...]]:
-    return [tuple(value / 255 for value in bytes.fromhex(colour)) for colour in row.split()]
-
-
-BACKDROP = rgb("5c8446 96b068 2e4a30 1c2420 a4c4de d6e2e6 beaa82 786046 60828c 3c585a cec8a8 8c7896")
-_BLADE = (0x60 / 255, 0x8C / 255, 0x42 / 255)  # grass in front
 # Pose: (least, most) at VARIATION 1; the middle is the plain portrait.
 POSES = {
     "x": (-0.26, 0.26), "y": (-0.26, 0.26), "scale": (0.72, 1.2), "turn": (-0.5, 0.5), "tilt": (-0.45, 0.45),
@@ -37,11 +31,6 @@ POSES = {
     "seed": (0, 1), "above": (0, 1), "below": (0, 1),
 }  # fmt: skip
 _CHANCE = ("turn", "tilt_axis", "light", "seed", "above", "below")  # never narrowed or widened by VARIATION
-
-
-def _paint(image: Tensor, colour: Tensor, cover: Tensor) -> Tensor:
-    """Lay `colour` over `image` [n, 3, h, w] where `cover` [n, 1, h, w] is 1."""
-    return image + (colour - image) * cover
 
 
 def draw(traits: Tensor, pose: Tensor, size: int = 64, *, chunk: int | None = None,
@@ -68,11 +57,11 @@ def _photograph(traits: Tensor, pose: Tensor, size: int, variation: float) -> Te
     t, p = _named_traits(traits), _named_pose(pose, variation)
     axis = (torch.arange(size, device=traits.device, dtype=torch.float32) + 0.5) * (2.0 / size) - 1.0
     x, y = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)
-    image = _backdrop(x, y, p)
+    image = backdrop(x, y, p)
     u, v = x - p["x"], y - p["y"]
     bow = u - p["bend"] * v * v  # the stem, bowed, out of focus below the flower
     stem = ramp((0.045 * p["scale"] - bow.abs()) * 25.0 + 0.5) * (v > 0)
-    image = _paint(image, t["leaf"] * (0.8 - 3.0 * bow), stem)
+    image = paint(image, t["leaf"] * (0.8 - 3.0 * bow), stem)
     # Into the plane of the flower: turn to the axis of the tilt, then stretch across it.
     cos, sin = cos_turns(p["tilt_axis"]), sin_turns(p["tilt_axis"])
     squash = 1.0 - 1.6 * p["tilt"] * p["tilt"]
@@ -94,7 +83,7 @@ def _photograph(traits: Tensor, pose: Tensor, size: int, variation: float) -> Te
         below = image[rows] if layer == 0 else _shadow(image[rows], u[rows], v[rows] - rise, inner["length"])
         image[rows] = _whorl(below, u[rows], v[rows] - rise, zoomed[rows], inner, seen)
     image = _heart(image, u, v - 0.16 * p["tilt"], zoomed, t, toward)
-    return _develop(_blade(image, x, y, p), x, y, p, size)
+    return develop(blade(image, x, y, p), x, y, p, size)
 
 
 def _named_traits(traits: Tensor) -> dict[str, Tensor]:
@@ -112,27 +101,6 @@ def _named_pose(pose: Tensor, variation: float) -> dict[str, Tensor]:
         spread = (most - least) * (1.0 if name in _CHANCE else variation)
         named[name] = (pose[:, i].view(-1, 1, 1, 1) - 0.5) * spread + (least + most) / 2
     return named
-
-
-def _backdrop(x: Tensor, y: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Sky over meadow, far out of focus, with leaves and discs of light."""
-    palette = torch.tensor(BACKDROP, device=x.device, dtype=torch.float32)
-    chosen = ((p[name].flatten() * len(palette)).long().clamp(0, len(palette) - 1) for name in ("above", "below"))
-    above, below = (palette[index].view(-1, 3, 1, 1) for index in chosen)
-    image = _paint(above, below, ramp(y * 0.6 + 0.5 + 0.25 * p["bend"] * x))
-    luck = hashed(p["seed"] * 913.0 + torch.arange(36, device=x.device) * 7.7)
-    for i in range(9):
-        a, b, c, d = luck[..., 4 * i : 4 * i + 4].split(1, -1)
-        dx, dy = x - (a * 2.6 - 1.3), y - (b * 2.6 - 1.3)
-        if i < 4:  # leaves: long, dark or light, very soft
-            along, across = dx * (c - 0.5) + dy * 0.5, dy * (c - 0.5) - dx * 0.5
-            cover = ramp(1.0 - along * along * 3.0 - across * across * (12.0 + 60.0 * d)) * 0.6
-            image = _paint(image, below * (0.55 + 0.8 * d), cover)
-        else:  # discs of light, brighter at the rim as a lens draws them
-            radius = 0.08 + 0.22 * c
-            far = root(dx * dx + dy * dy) / radius
-            image = _paint(image, above * 0.4 + 0.6, ramp((1.0 - far) * 5.0) * (0.12 + 0.2 * d) * (0.6 + 0.4 * far))
-    return image
 
 
 def _outline(angle: Tensor, r: Tensor, k: Tensor, w: dict[str, Tensor], p: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -191,14 +159,14 @@ def _whorl(image: Tensor, u: Tensor, v: Tensor, pixel: Tensor, w: dict[str, Tens
     dot = clip((0.2 - ds * ds - dw * dw) * 9.0) * clip((0.8 - s) * 6.0) * (chance > 0.35)
     mark = torch.maximum(mark, w["spots"] * dot)
     mark = torch.maximum(mark, w["rim"] * clip((torch.maximum(width, s) - 0.78) * 7.0) * clip(s * 3.0 - 0.5))
-    colour = _paint(colour, w["mark"], mark * 0.85)
+    colour = paint(colour, w["mark"], mark * 0.85)
     # A petal is a shallow trough that falls off at its tip: which side is lit depends on where it points.
     light = p["light"] - axis - p["turn"]
     shade = 0.84 + 0.2 * s + w["cup"] * (0.16 * sin_turns(light) * side + 0.12 * cos_turns(light) * (s - 0.3))
     shade = shade + (luck - 0.5) * 0.1 - 0.05 * width * width
     below = ramp(upper[0] * 14.0 + 1.0)  # the upper petal's shadow on the lower one
     shade = torch.where(on_top, shade, shade * (1.0 - 0.32 * below))
-    return _paint(image, colour * shade, (inside / pixel + 0.5).clamp(0, 1))
+    return paint(image, colour * shade, (inside / pixel + 0.5).clamp(0, 1))
 
 
 def _heart(image: Tensor, u: Tensor, v: Tensor, pixel: Tensor, t: dict[str, Tensor], p: dict[str, Tensor]) -> Tensor:
@@ -207,7 +175,7 @@ def _heart(image: Tensor, u: Tensor, v: Tensor, pixel: Tensor, t: dict[str, Tens
     angle = atan2_turns(v, u) - p["turn"]
     disc = t["disc"]
     image = image * (1.0 - 0.4 * ramp((disc * 1.5 - r) * 8.0))
-    image = _paint(image, t["mark"], t["ring"] * ramp((disc * 0.45 - (r - disc * 1.1).abs()) * 14.0 + 0.3))
+    image = paint(image, t["mark"], t["ring"] * ramp((disc * 0.45 - (r - disc * 1.1).abs()) * 14.0 + 0.3))
     share = r / disc
     # 13 spirals one way and 8 the other cross in florets, as in a sunflower.
     one, other = angle * 13.0 + share * 2.6, angle * 8.0 - share * 3.4
@@ -217,7 +185,7 @@ def _heart(image: Tensor, u: Tensor, v: Tensor, pixel: Tensor, t: dict[str, Tens
     lit = 1.0 - 0.3 * share * share + 0.25 * (u * cos_turns(p["light"]) + v * sin_turns(p["light"])) / disc
     lit = lit * (1.0 + t["florets"] * fine * (floret - 0.45) * 0.9)
     cover = ((disc - r) / pixel + 0.5).clamp(0, 1)
-    image = _paint(image, t["heart"] * lit, cover)
+    image = paint(image, t["heart"] * lit, cover)
     n = t["stamens"]
     k = torch.floor(angle * n)
     luck = hashed((k - n * torch.floor(k / n)) * 9.1 + p["seed"] * 57.0 + 5.0)
@@ -225,29 +193,7 @@ def _heart(image: Tensor, u: Tensor, v: Tensor, pixel: Tensor, t: dict[str, Tens
     aside = (angle * n - k - 0.5 + (luck - 0.5) * 0.3) / n * r * 6.2832
     there = (t["reach"] > 0.05).float()
     thread = ((0.011 - aside.abs()) / pixel + 0.5).clamp(0, 1) * (r < reach) * there
-    image = _paint(image, t["heart"] * 0.4 + 0.55, thread * 0.7)
+    image = paint(image, t["heart"] * 0.4 + 0.55, thread * 0.7)
     knob = root(aside * aside + (r - reach) * (r - reach))
-    image = _paint(image, t["anther"] * (1.15 - 8.0 * knob), ((0.032 - knob) / pixel + 0.5).clamp(0, 1) * there)
+    image = paint(image, t["anther"] * (1.15 - 8.0 * knob), ((0.032 - knob) / pixel + 0.5).clamp(0, 1) * there)
     return image
-
-
-def _blade(image: Tensor, x: Tensor, y: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """Sometimes a blade of grass stands before the flower, out of focus."""
-    off = (x - p["blade_x"] - p["blade_lean"] * (y - 0.6) - 0.3 * p["bend"] * y * y).abs()
-    there = (p["blade"] > 0.12) * 0.85
-    cover = ramp((0.1 - off) * 9.0 + 0.2) * ramp((y - p["blade_x"] * 0.8 + 0.5) * 1.5) * there
-    green = torch.tensor(_BLADE, device=x.device, dtype=torch.float32).view(1, 3, 1, 1)
-    return _paint(image, green * (0.9 + 2.5 * (0.1 - off)), cover)
-
-
-def _develop(image: Tensor, x: Tensor, y: Tensor, p: dict[str, Tensor], size: int) -> Tensor:
-    """Exposure, white balance, faded colours, vignette and sensor noise, then 8 bits: uint8 [n, h, w, 3]."""
-    sun = 1.0 + 0.16 * (x * cos_turns(p["light"]) + y * sin_turns(p["light"])) - 0.1 * (x * x + y * y)
-    grey = (image[:, :1] + image[:, 1:2] + image[:, 2:]) * (1 / 3)
-    image = image - (image - grey) * p["fade"]
-    balance = torch.cat([p["gain"] * (1 + p["warm"]), p["gain"] * (1 + p["tint"]), p["gain"] * (1 - p["warm"])], 1)
-    image = image * (sun * balance)
-    grain = hashed((x * size) * 3.7 + 61.0 * hashed((y * size) * 5.9 + p["seed"] * 97.0))
-    grain = hashed(grain * 311.0 + torch.arange(3, device=x.device).view(1, 3, 1, 1) * 13.7)
-    image = image + (grain - 0.5) * p["noise"] * 2.0
-    return (image * 255.0 + 0.5).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)

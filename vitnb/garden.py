@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitnb.flowers import COLOURS, POSES, TRAITS, draw, rgb
+from vitnb.flowers import COLOURS, POSES, TRAITS, draw
+from vitnb.scenery import rgb
 
 VARIATION = 1.0  # the difficulty: how much one species varies from image to image (0: not at all)
 STUDY_SPECIES, PRETRAINING_SPECIES = 102, 800

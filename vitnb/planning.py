@@ -23,6 +23,7 @@ from vitnb import (
     switchboard,
     variants,
 )
+from vitnb.blocks import layers
 from vitnb.budget import Costs
 from vitnb.errors import UserError
 from vitnb.proof import BF16, ENDS, INT8, NF4
@@ -48,7 +49,7 @@ class Bench:
         if test.name != "test":  # there is none, and the images that choose prove nothing
             (valid, test), self.proven_on = valid.halves(), proof.HALF
         self.valid, self.test = (switchboard.look(self.loaded, split) for split in (valid, test))
-        self.blocks = switchboard.layers(self.loaded.model)
+        self.blocks = layers(self.loaded.model)
         self.singles = ablate.singles(self.loaded.model)
         self.board = Switchboard(self.loaded.model, [4, 8], dtype)
         self.merged_sha256 = checkpoints.fingerprint(self.loaded.folder)

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import nn
 from transformers import AutoConfig
 
-from vitnb import ablate, data, finetune
+from vitnb import data, finetune
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
+from vitnb.blocks import layers
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -92,7 +93,7 @@ def loose_loading(bench: Bench) -> Case:
     ``extra`` holds the share of the weights that kept random values, strict loading's message, and the golden logits.
     """
     weights = bench.model.state_dict()
-    blocks = ablate.layers(bench.model)[0].rpartition(".")[0]
+    blocks = layers(bench.model)[0].rpartition(".")[0]
     foreign = {name.replace(f"{blocks}.", "blocks."): value for name, value in weights.items()}
     torch.manual_seed(bench.seed)
     strict = type(bench.model)(bench.model.config).to(bench.device).eval()

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitnb import ablate, checkpoints, quantize
+from vitnb import checkpoints, quantize
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
+from vitnb.blocks import layers
 from vitnb.errors import UserError, VariantError
 
 MB = 2**20
@@ -42,7 +43,7 @@ def nothing_kept(bench: Bench) -> Case:
     instead: the first block, by its full name; and a name that keeps nothing is an error (``extra["refused"]``).
     """
     convolution = next(name for name, module in bench.model.named_modules() if isinstance(module, nn.Conv2d))
-    first, always = ablate.layers(bench.model)[0], quantize.keep(bench.model)
+    first, always = layers(bench.model)[0], quantize.keep(bench.model)
     none, patch, block = (
         quantize.count(bench.quantized(kept))[0]
         for kept in (always, [convolution, *always], quantize.keep(bench.model, [first]))
@@ -70,7 +71,7 @@ def swallowed(bench: Bench) -> Case:
 
     The third variant keeps a layer that the model does not have. ``extra`` holds both tables, and what was printed.
     """
-    blocks = ablate.layers(bench.model)
+    blocks = layers(bench.model)
     beyond = blocks[0].rpartition(".")[0] + f".{len(blocks)}"  # numbered from 1 by whoever asked
     asked = {"4-bit": [], "4-bit, first layer kept": [blocks[0]], "4-bit, last layer kept": [beyond]}
     model, careless, careful, printed = bench.model, [], [], {}
