@@ -6,6 +6,7 @@ import signal
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,19 @@ def test_a_process_that_dies_is_a_reason():
         worker.ask("fail", kind="die")
 
 
+def test_an_interpreter_that_was_started_ahead_is_the_next_workers_and_no_one_elses():
+    workers.start_ahead()
+    workers.start_ahead()
+    ((process, _),) = workers._ahead
+    with Worker(None, "1", bench=Sleeper) as first, Worker(None, "1.5", bench=Sleeper) as second:
+        assert first.ask("where") == process.pid != second.ask("where")
+        assert second.ask("block", batch_size=1, forwards=1) == [1.5]
+    workers.start_ahead()
+    process, pipe = workers._ahead.pop()
+    pipe.close()
+    assert process.wait(60) == 0, "one that is never asked ends with the process that started it"
+
+
 def test_rounds_hold_one_block_of_everyone(sleepers):
     budget = studies.Compare(rounds=25, seconds=1e9, forwards=3)
     blocks = turns.take({name: [w] for name, w in sleepers.items()}, 4, budget)
@@ -150,13 +164,19 @@ class Here(nullcontext):
 
     def __init__(self, study, variant, device, bench):
         super().__init__(self)
-        self.bench = bench(study, variant, device)
+        self.variant, self.bench, self.answers = variant, bench(study, variant, device), []
 
     def send(self, name, **options):
-        self.answer = self.ask(name, **options)
+        try:
+            self.answers.append((None, self.ask(name, **options)))
+        except Exception as error:
+            self.answers.append((VariantError(str(error)), None))
 
     def receive(self):
-        return self.answer
+        error, answer = self.answers.pop(0)
+        if error:
+            raise error
+        return answer
 
     def ask(self, name, **options):
         return getattr(self.bench, name)(**options)
@@ -182,6 +202,53 @@ def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_p
     assert asked == [1, 2, 3, 3]
     assert found["blocks_ms"] == {str(size): {"1": [[float(size)]] * 20} for size in (1, 2, 3)}
     assert found["warm_up"] == {str(size): {"1": {"first_seconds": size}} for size in (1, 2, 3)}
+
+
+class Compiled(Sleeper):
+    """``1.5`` cannot be compiled at batch 2. Every question is kept in one list, with the process that it was put to."""
+
+    asked: ClassVar[list] = []
+
+    def __init__(self, study, variant, device):
+        super().__init__(study, variant, device)
+        self.place = len({place for place, *_ in self.asked})
+        self.asked.append((self.place, variant, "load", 0))
+
+    def describe(self):
+        return {"attention_launched": "sdpa"}
+
+    def prepare(self, batch_size):
+        self.asked.append((self.place, str(self.factor), "prepare", batch_size))
+        if (self.factor, batch_size) == (1.5, 2):
+            raise VariantError("no compiler")
+
+    def warm_up(self, batch_size):
+        self.asked.append((self.place, str(self.factor), "warm_up", batch_size))
+        return {"first_seconds": batch_size}
+
+
+def test_peers_compile_in_a_process_for_each_size_all_before_the_first_turn(monkeypatch):
+    monkeypatch.setattr(compare, "Bench", Compiled)
+    monkeypatch.setattr(compare.peers, "Bench", Compiled)
+    monkeypatch.setattr(compare, "Worker", Here)
+    monkeypatch.setattr(Compiled, "asked", [])
+    budget = studies.Compare(rounds=20, seconds=1e9, forwards=1, processes=2)
+    study = studies.Study(
+        "x", "", "", "", "", variants=["1", "1.5"], peers=["2"], batch_sizes=[1, 2, 3], compare=budget
+    )
+    found = compare.measure(study)
+    asked = {(name, what): [] for _, name, what, _ in Compiled.asked}
+    for place, name, what, size in Compiled.asked:
+        asked[name, what].append((place, size))
+    assert [what for *_, what, _ in Compiled.asked] == ["load"] * 10 + ["prepare"] * 18 + ["warm_up"] * 16
+    assert sorted(asked["1.0", "prepare"]) == [(place, size) for place in (0, 1) for size in (1, 2, 3)]
+    assert sorted(asked["2.0", "prepare"]) == [(place, place // 2 - 1) for place in range(4, 10)]
+    assert {size for _, size in asked["1.5", "warm_up"]} == {1, 3}
+    assert found["failed"] == {"1.5 at batch 2": "no compiler"}
+    assert {size: sorted(blocks) for size, blocks in found["blocks_ms"].items()} == {
+        "1": ["1", "1.5", "2"], "2": ["1", "2"], "3": ["1", "1.5", "2"]
+    }  # fmt: skip
+    assert found["blocks_ms"]["3"]["1.5"] == [[4.5]] * 20
 
 
 def test_a_turn_begins_with_five_milliseconds_that_are_not_counted():

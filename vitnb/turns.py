@@ -1,7 +1,6 @@
 """Turns: live processes of each variant, asked in rounds for short blocks of forwards, in an order drawn anew."""
 
 import time
-from itertools import chain
 
 import numpy as np
 
@@ -19,6 +18,31 @@ def _fail(failed: dict[str, str] | None, name: str, error: VariantError) -> None
     failed[name] = one_line(error)
 
 
+def prepare(workers: dict[int, dict[str, list[Worker]]]) -> dict[int, dict[str, str]]:
+    """The first forward of every process at each batch size it is there for, all at once: what is compiled is compiled together.
+
+    Args:
+        workers: the processes by batch size and name; one process may stand at several sizes.
+
+    Returns: by batch size, the names that failed there, with the reason.
+    """
+    failed, asked = {size: {} for size in workers}, []
+    for size, named in workers.items():
+        for name, several in named.items():
+            for worker in several:
+                try:
+                    worker.send("prepare", batch_size=size)
+                    asked.append((size, name, worker))
+                except VariantError as error:
+                    failed[size][name] = one_line(error)
+    for size, name, worker in asked:  # all of them: an answer that is left over would pass for the next question's
+        try:
+            worker.receive()
+        except VariantError as error:
+            failed[size][name] = one_line(error)
+    return failed
+
+
 def warm_up(
     workers: dict[str, list[Worker]], batch_size: int, failed: dict[str, str] | None = None
 ) -> dict[str, list[dict]]:
@@ -26,17 +50,8 @@ def warm_up(
 
     One that fails is left out, its reason in ``failed``; without such a dict its error is raised.
     """
-    for worker in chain.from_iterable(workers.values()):  # what is compiled is compiled at once
-        worker.send("prepare", batch_size=batch_size)
-    ready, warmed = [], {}
+    warmed = {}
     for name, several in workers.items():
-        try:
-            _ = [worker.receive() for worker in several]
-            ready.append(name)
-        except VariantError as error:
-            _fail(failed, name, error)
-    for name in ready:
-        several = workers[name]
         try:
             warmed[name] = [worker.ask("warm_up", batch_size=batch_size) for worker in several]
         except VariantError as error:

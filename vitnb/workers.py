@@ -20,12 +20,6 @@ from vitnb.errors import UserError, VariantError, one_line
 
 # Each thread keeps its core: where the scheduler moves them, one process can be slower than its twin for seconds on end.
 SETTINGS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-# The OpenMP runtime binds the first thread of every process to the first core as soon as torch is imported. Until the variant is
-# loaded it is set free, or all processes would load on that one core.
-START = (
-    "import os, vitnb; cores = os.sched_getaffinity(0); import torch; bound = os.sched_getaffinity(0); "
-    "os.sched_setaffinity(0, cores); from vitnb import workers; workers.main({pipe}, bound)"
-)
 # The uncounted forwards of a block last at least this long: another process had the caches, and a GPU that waited for its turn
 # has slowed its clocks down.
 LEAD_MS = 5.0
@@ -100,17 +94,18 @@ def serve(pipe: Connection, bound: set[int]) -> None:
 
     A user's error goes back as what it is, any other in one line.
     """
-    bench, arguments = pipe.recv()
-    held = None
     for name in SETTINGS:  # the OpenMP runtime here has read them; that of a process which a compiler starts must not
         os.environ.pop(name, None)
+    asked, held = None, None
     while True:
         try:
+            asked = asked or pipe.recv()  # first of all, which bench, of what
             name, options = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
         try:
             if held is None:
+                bench, arguments = asked
                 held = bench(*arguments)
                 os.sched_setaffinity(0, bound)
             answer = (None, getattr(held, name)(**options))
@@ -123,6 +118,29 @@ def serve(pipe: Connection, bound: set[int]) -> None:
         pipe.send(answer)
 
 
+def _start() -> tuple[subprocess.Popen, Connection]:
+    """A new interpreter, not a fork: a fork would inherit what this process has allocated and started."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        python_path = os.pathsep.join([str(studies.ROOT), *filter(None, sys.path)])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vitnb.fresh", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=SETTINGS | os.environ | {"PYTHONPATH": python_path},
+            stdout=subprocess.DEVNULL,
+        )
+    return process, Connection(ours.detach())
+
+
+_ahead: list[tuple[subprocess.Popen, Connection]] = []
+
+
+def start_ahead() -> None:
+    """Start the interpreter of the next ``Worker`` now: its imports take seconds, in which this process does something else."""
+    if not _ahead:
+        _ahead.append(_start())
+
+
 class Worker:
     """A variant in a process of its own. ``with Worker(study, "nf4-sdpa") as worker: worker.ask("warm_up", batch_size=1)``.
 
@@ -131,18 +149,7 @@ class Worker:
 
     def __init__(self, study: studies.Study, variant: str, device: str | None = None, bench: type = Bench):
         self.variant = variant
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # A new interpreter, not a fork: a fork would inherit what this process has allocated and started.
-            command = START.format(pipe=theirs.fileno())
-            python_path = os.pathsep.join([str(studies.ROOT), *filter(None, sys.path)])
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                pass_fds=[theirs.fileno()],
-                env=SETTINGS | os.environ | {"PYTHONPATH": python_path},
-                stdout=subprocess.DEVNULL,
-            )
-        self._pipe = Connection(ours.detach())
+        self._process, self._pipe = _ahead.pop() if _ahead else _start()
         self._pipe.send((bench, (study, variant, device)))
 
     def send(self, name: str, **options) -> None:
@@ -179,8 +186,3 @@ class Worker:
     def __exit__(self, *_) -> None:
         self._pipe.close()
         self._process.wait()
-
-
-def main(descriptor: int, bound: set[int]) -> None:
-    """What the new interpreter runs: serve the pipe that it inherited."""
-    serve(Connection(descriptor), bound)
