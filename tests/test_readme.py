@@ -17,6 +17,7 @@ PUBLISHED = ROOT / "outputs" / "published" / "embedded"
 INSTRUMENT = ROOT / "outputs" / "published" / "instrument"
 ON_GPU = ROOT / "outputs" / "published" / "vit-l16-garden"
 QLORA = ROOT / "outputs" / "published" / "vit-l16-qlora"
+PHOTOGRAPHS = ROOT / "outputs" / "published" / "vit-s14-flowers5-cpu"
 README = (ROOT / "README.md").read_text()
 
 
@@ -176,6 +177,41 @@ def test_what_the_readme_says_of_the_plan():
     assert f"first and the last layer of 12 removes {1 - kl['first and last'] / kl['none']:.0%} of the KL" in README
     assert "does not hold here: it matters" in str(ends)
     assert "no difference beyond noise between late layers and the others" in str(late)
+
+
+def test_what_the_readme_says_of_photographs():
+    trained, made = record("finetune", PHOTOGRAPHS), record("plan-plus12", PHOTOGRAPHS)
+    for found in (trained, made):
+        about = found["machine"]
+        assert (found["study"], about["cpu"], about["threads"], about["dirty"]) == (
+            "vit-s14-flowers5",
+            "AMD EPYC",
+            2,
+            False,
+        )
+    assert trained["machine"]["code_sha256"] == made["machine"]["code_sha256"]
+    assert made["plan"]["merged_sha256"] == trained["checkpoint_sha256"]["merged"]
+    same(
+        published("plan-plus12.csv", PHOTOGRAPHS),
+        reread(io.StringIO(proof.trade_off(made["curve"], made["plan"]["uniform_bytes"]).to_csv(index=False))),
+    )
+    (seed,), images, asked = trained["seeds"], trained["images"], trained["asked"]
+    assert f"{images['train']:,} photographs" in README and f"the {images['valid']} validation images, which" in README
+    assert (asked["seeds"], asked["epochs"]) == (1, 6)
+    assert f"took {trained['seconds'] / 60:.0f} minutes" in README and f"names {seed['valid_top1']:.3f} of" in README
+    assert f"finetune record, {trained['floors']['probe']:.3f}," in README
+    kl = {row["name"]: row["kl"] for row in made["curve"]}
+    assert f"{kl['uniform NF4']:.4f} for uniform NF4, {kl['uniform int8']:.5f} for int8" in README
+    found, plan = proof.proven(made), made["plan"]
+    assert found["images"] == made["images"]["valid"] == 330 and "330 validation images that choose" in README
+    assert (
+        f"{plan['extra_bytes'] / plan['uniform_bytes']:.1%} more bytes than uniform NF4 cut the KL by {found['cut']:.1%} "
+        f"({found['low']:.1%} to {found['high']:.1%}) on the 330 validation images that did not choose it, and beat "
+        f"{found['beaten']} of 20 random plans, the best of which cuts {found['best_random']:.1%}. The search took "
+        f"{made['seconds'] / 60:.0f} minutes"
+    ) in README
+    kept = {tuple(made["parts"][name].split()[1:]) for name in plan["widths"]}
+    assert {kind for _, kind in kept} == {"v", "o"} and {int(layer) for layer, _ in kept} == {8, 9, 10, 11}
 
 
 def test_single_numbers_in_the_readme():

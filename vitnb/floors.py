@@ -54,7 +54,8 @@ def _probe(model, train: TensorDataset, test: TensorDataset) -> float:
 
     How much it is held back is chosen by twofold cross-validation on ``train``, as a floor that overfits is no floor.
     """
-    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    # A tenth of this tolerance took three times as long and moved top-1 by 0.2 points at most.
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
     if np.unique(_labels(train), return_counts=True)[1].min() > 1:
         head = GridSearchCV(head, {"logisticregression__C": STRENGTHS}, cv=2)
     head.fit(_features(model, train), _labels(train))
