@@ -25,9 +25,7 @@ def test_weights_unpacked_beside_products_are_there_in_time(large, size):
         loaded = models.load(large, variants.get("nf4-sdpa-fused"), techniques=techniques)
         with loaded.running() as model:
             found += [model(pixel_values=loaded.to_input(pixels)).logits for _ in range(30)]
-            assert torch.equal(
-                loaded.model(pixel_values=loaded.to_input(pixels)).logits, found[-1]
-            )  # without a graph, too
+            found.append(loaded.model(pixel_values=loaded.to_input(pixels)).logits)  # without a graph, too
         assert loaded.engine.ran == "fused" and (loaded.model.scratch.stream is None) == ("beside" not in techniques)
     assert all(torch.equal(found[0], other) for other in found[1:])
 

@@ -183,12 +183,8 @@ def test_what_the_readme_says_of_photographs():
     trained, made = record("finetune", PHOTOGRAPHS), record("plan-plus12", PHOTOGRAPHS)
     for found in (trained, made):
         about = found["machine"]
-        assert (found["study"], about["cpu"], about["threads"], about["dirty"]) == (
-            "vit-s14-flowers5",
-            "AMD EPYC",
-            2,
-            False,
-        )
+        assert found["study"] == "vit-s14-flowers5" and about["dirty"] is False
+        assert (about["cpu"], about["threads"]) == ("AMD EPYC", 2)
     assert trained["machine"]["code_sha256"] == made["machine"]["code_sha256"]
     assert made["plan"]["merged_sha256"] == trained["checkpoint_sha256"]["merged"]
     same(

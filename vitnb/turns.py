@@ -34,12 +34,12 @@ def prepare(workers: dict[int, dict[str, list[Worker]]]) -> dict[int, dict[str, 
                     worker.send("prepare", batch_size=size)
                     asked.append((size, name, worker))
                 except VariantError as error:
-                    failed[size][name] = one_line(error)
+                    _fail(failed[size], name, error)
     for size, name, worker in asked:  # all of them: an answer that is left over would pass for the next question's
         try:
             worker.receive()
         except VariantError as error:
-            failed[size][name] = one_line(error)
+            _fail(failed[size], name, error)
     return failed
 
 

@@ -31,21 +31,21 @@ class Scratch:
         )
         device = mlp.fc1.weight.device
         self.joined, self.beside = "one pass" in techniques, "beside" in techniques
-        self.first_begins = max(around, second) if self.beside else around
-        self.memory = torch.empty(max(self.first_begins + first, second), dtype=dtype, device=device)
+        first_begins = max(around, second) if self.beside else around
+        self.memory = torch.empty(max(first_begins + first, second), dtype=dtype, device=device)
+        # Where each stage is unpacked to; without ``beside``, the first two are one.
+        self.places = [self.memory, self.memory[first_begins:], self.memory] if self.beside else [self.memory] * 2
         self.operations = operations(device) if self.joined else reference
         self.stream = torch.cuda.Stream(device) if self.beside and device.type == "cuda" else None
         self.unpacked: dict[int, torch.cuda.Event] = {}  # by stage, of the block in hand
 
     def stages(self, around: list, first: list, second: list) -> list[tuple[torch.Tensor, list[Sequence[nn.Linear]]]]:
-        """Which groups of Linears are unpacked together, and where they begin."""
-        if not self.beside:
-            return [(self.memory, [*around, *first]), (self.memory, second)]
-        return [(self.memory, around), (self.memory[self.first_begins :], first), (self.memory, second)]
+        """Where each stage is unpacked to, and the groups of Linears that are unpacked there together."""
+        several = [around, first, second] if self.beside else [[*around, *first], second]
+        return list(zip(self.places, several, strict=True))
 
     def _unpack(self, block, stage: int) -> None:
-        at = self.memory[self.first_begins :] if self.beside and stage == FIRST else self.memory
-        weights.unpack(block.packs[stage], self.operations, at)
+        weights.unpack(block.packs[stage], self.operations, self.places[stage])
 
     def _start(self, block, stage: int) -> None:
         """Unpack once all that was asked of the device so far is done, beside what it is asked for next."""
