@@ -142,11 +142,3 @@ def run_cells() -> Callable[..., None]:
         plt.close("all")
 
     return run
-
-
-@pytest.fixture(scope="session")
-def large(tmp_path_factory, outputs):
-    """A ViT-L/16 with random weights, for a GPU: a forward is long beside the moments between it and what times it."""
-    from benchmarks.instrument_gpu import untrained
-
-    return untrained(tmp_path_factory.mktemp("large"))

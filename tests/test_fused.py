@@ -10,15 +10,14 @@ from transformers import ViTConfig, ViTForImageClassification
 from vitnb import fp8, quantize
 from vitnb.errors import VariantError
 from vitnb.fused import reference, weights
-from vitnb.fused.scratch import Scratch
 from vitnb.fused.vit import TECHNIQUES, FusedViT
 
 
 def a_vit(hidden=128, **options):
     torch.manual_seed(0)
     config = ViTConfig(
-        **{"intermediate_size": 4 * hidden} | options,
-        hidden_size=hidden, num_hidden_layers=3, num_attention_heads=2, image_size=48, num_labels=7,
+        hidden_size=hidden, num_hidden_layers=3, num_attention_heads=2, intermediate_size=4 * hidden, image_size=48,
+        num_labels=7, **options,
     )  # fmt: skip
     model = ViTForImageClassification(config).eval()
     for parameter in model.parameters():  # biases and norms that do something
@@ -46,9 +45,8 @@ def test_every_arrangement_gives_the_logits_of_transformers(without):
 
 
 @pytest.mark.parametrize("hidden", [128, 192])  # 192: weights that end inside a group of scales are unpacked one by one
-@pytest.mark.parametrize("without", [set(), {"beside"}])
 @torch.inference_mode()
-def test_nf4_gives_what_bitsandbytes_gives(hidden, without):
+def test_nf4_gives_what_bitsandbytes_gives(hidden):
     model = as_nf4(a_vit(hidden).bfloat16())
     exact = copy.deepcopy(model).float()
     for name, linear in quantize.linears(model).items():
@@ -60,47 +58,10 @@ def test_nf4_gives_what_bitsandbytes_gives(hidden, without):
             plain.bias.data = linear.bias.data.float()
             exact.set_submodule(name, plain)
     wanted = exact(pixel_values=PIXELS).logits
-    fused = FusedViT(model, "sdpa", torch.bfloat16, frozenset(TECHNIQUES) - without)
-    together = 5 if without else 4  # query, key, value, output, and the MLP's first
-    assert len(fused.blocks[0].packs[0]) == (1 if hidden == 128 else together)
+    fused = FusedViT(model, "sdpa", torch.bfloat16)
+    assert len(fused.blocks[0].packs[0]) == (1 if hidden == 128 else 5)
     got = fused(pixel_values=PIXELS.bfloat16()).logits.float()
     assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()  # bfloat16 through three blocks
-
-
-@pytest.mark.parametrize(
-    "wide", [2, 4, 6]
-)  # the MLP's second weight is smaller than those around the attention, or larger
-@torch.inference_mode()
-def test_where_weights_stand_changes_nothing(wide):
-    """Each is there when it is read, and not yet overwritten: unpacked one after the other, in time, or ahead."""
-    model = as_nf4(a_vit(intermediate_size=wide * 128).bfloat16())
-    every = frozenset(TECHNIQUES)
-    logits = [
-        FusedViT(copy.deepcopy(model), "sdpa", torch.bfloat16, every - without)(pixel_values=PIXELS.bfloat16()).logits
-        for without in (set(), {"beside"}, {"one pass"}, {"one pass", "beside"})
-    ]
-    assert all(torch.equal(logits[0], others) for others in logits[1:])
-    plain = model(pixel_values=PIXELS.bfloat16()).logits.float()
-    assert (logits[0].float() - plain).abs().max() < 0.03 * plain.abs().max()
-
-
-@torch.inference_mode()
-def test_what_is_unpacked_beside_products_is_waited_for(monkeypatch):
-    """As late as it may come, when it is waited for, and as early, at once: the same logits, so that any moment between will do."""
-    model, logits = as_nf4(a_vit().bfloat16()), []
-
-    def last_moment(self, block, stage):
-        self.unpacked[stage] = block
-
-    for late in (False, True):
-        if late:
-            monkeypatch.setattr(Scratch, "_start", last_moment)
-            monkeypatch.setattr(Scratch, "_wait", lambda self, stage: self._unpack(self.unpacked.pop(stage), stage))
-        fused = FusedViT(copy.deepcopy(model), "sdpa", torch.bfloat16)
-        fused.scratch.memory.fill_(9)
-        logits += [fused(pixel_values=PIXELS.bfloat16()).logits for _ in range(2)]
-    assert not fused.scratch.unpacked, "a stream that is not waited for outlives the forward"
-    assert all(torch.equal(logits[0], others) for others in logits[1:])
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from benchmarks.instrument_gpu import untrained
 
 from vitnb import accuracy, attention, data, kernels, latency, machine, models, studies, variants
 
@@ -68,6 +69,12 @@ def test_a_forward_is_timed_until_the_device_is_done(mini):
     assert found["images_per_second"] < 2 / 0.008
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, outputs) -> studies.Study:
+    """A ViT-L/16 with random weights: a forward is long beside the moments between the events and the first and last kernel."""
+    return untrained(tmp_path_factory.mktemp("large"))
+
+
 @pytest.mark.parametrize(
     "name", ["fp32-math", "nf4-fa2", "int8-sdpa", "bf16-sdpa-graph", "nf4-sdpa-fused", "fp8-sdpa-fused"]
 )
@@ -77,10 +84,7 @@ def test_kernels_and_gaps_are_the_latency_and_none_is_unknown(large, name):
     assert found["latency_ms"] >= 10, "those moments, some 50 microseconds, could be the 3%"
     assert (found["busy_ms"] + found["idle_ms"]) / found["latency_ms"] == pytest.approx(1, abs=0.03)
     assert kernels.by_class(found)["other"] < 0.01 * found["total_ms"]
-    if name == "nf4-sdpa-fused":  # weights are unpacked beside products
-        assert found["busy_ms"] < found["total_ms"] < 1.5 * found["busy_ms"]
-    else:  # one stream: nothing overlaps
-        assert found["total_ms"] == pytest.approx(found["busy_ms"], rel=0.02)
+    assert found["total_ms"] == pytest.approx(found["busy_ms"], rel=0.02)  # one stream: nothing overlaps
 
 
 def test_the_driver_says_what_the_card_does():

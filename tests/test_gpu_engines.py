@@ -8,26 +8,12 @@ import torch
 
 from vitnb import data, models, quantize, variants
 from vitnb.fused import reference, weights
-from vitnb.fused.vit import TECHNIQUES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.skipif(not find_spec("triton"), reason="needs Triton"),
 ]
-
-
-@pytest.mark.parametrize("size", [1, 8, 32])
-def test_weights_unpacked_beside_products_are_there_in_time(large, size):
-    """Bit for bit what one stream gives, replay after replay: nothing is read too early, or overwritten too early."""
-    pixels, found = torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(size)), []
-    for techniques in (frozenset(TECHNIQUES) - {"beside"}, frozenset(TECHNIQUES)):
-        loaded = models.load(large, variants.get("nf4-sdpa-fused"), techniques=techniques)
-        with loaded.running() as model:
-            found += [model(pixel_values=loaded.to_input(pixels)).logits for _ in range(30)]
-            found.append(loaded.model(pixel_values=loaded.to_input(pixels)).logits)  # without a graph, too
-        assert loaded.engine.ran == "fused" and (loaded.model.scratch.stream is None) == ("beside" not in techniques)
-    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ import yaml
 
 from vitnb import cli, figures, intervals, ladders, models, report, studies, variants, waterfall
 from vitnb.errors import UserError, VariantError
-from vitnb.fused.vit import OF_NF4, TECHNIQUES
+from vitnb.fused.vit import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
-FUSED = [name for name in TECHNIQUES if name not in OF_NF4]
+FUSED = [name for name in TECHNIQUES if name != "one pass"]
 
 
 @pytest.fixture(scope="module")

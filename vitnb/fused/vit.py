@@ -10,10 +10,7 @@ What changes, each a technique that can be left out (the waterfall figure shows 
 - ``gelu``: the exact GELU in place, by a kernel of our own.
 - ``class token``: in the last block only the class token is computed behind the attention: nothing else is read.
 - ``one pass`` (NF4): the weights of a block are unpacked by one kernel in two launches, into a scratch that all blocks share.
-- ``beside`` (NF4): those of the MLP are unpacked beside the product before theirs, see ``scratch``.
 """
-
-from itertools import chain, pairwise
 
 import bitsandbytes as bnb
 import torch
@@ -25,27 +22,25 @@ from vitnb import attention
 from vitnb.errors import VariantError
 from vitnb.fp8 import Fp8Linear
 from vitnb.fused import operations, reference, weights
-from vitnb.fused.scratch import Scratch
 
-TECHNIQUES = ("one pass", "patches", "qkv", "stream", "norm", "gelu", "class token", "beside")
-OF_NF4 = ("one pass", "beside")  # the others are for all weights
+TECHNIQUES = ("one pass", "patches", "qkv", "stream", "norm", "gelu", "class token")
 
 
 class Block(nn.Module):
     """The weights of one block; see ``FusedViT.forward`` for what is done with them."""
 
-    def __init__(self, layer, dtype: torch.dtype, scratch: Scratch | None, techniques: frozenset[str]):
+    def __init__(self, layer, dtype: torch.dtype, scratch: torch.Tensor | None, techniques: frozenset[str]):
         super().__init__()
         own, mlp = layer.attention, layer.mlp
         several = [own.q_proj, own.k_proj, own.v_proj]
         groups = [several] if "qkv" in techniques else [[one] for one in several]
-        parts = [*groups, [own.o_proj]], [[mlp.fc1]], [[mlp.fc2]]
+        first, second = [*groups, [own.o_proj], [mlp.fc1]], [[mlp.fc2]]
         products, self.packs = [], nn.ModuleList()
-        for memory, stage in scratch.stages(*parts) if scratch else [(None, [*chain(*parts)])]:
-            places = weights.places(memory, stage)
+        for stage in (first, second):  # of NF4: the second is unpacked over the first
+            places = weights.places(scratch, stage)
             products += [weights.dense(group, dtype, place) for group, place in zip(stage, places, strict=True)]
-            if scratch:
-                self.packs.append(weights.pack([one for group in stage for one in group], scratch.joined))
+            if scratch is not None:
+                self.packs.append(weights.pack([one for group in stage for one in group], "one pass" in techniques))
         *qkv, self.out, self.fc1, self.fc2 = products
         self.qkv = nn.ModuleList(qkv)
         for name, norm in (("before", layer.layernorm_before), ("after", layer.layernorm_after)):
@@ -83,17 +78,23 @@ class FusedViT(nn.Module):
         device = model.classifier.weight.device
         of = {True: operations(device), False: reference}
         self.norm, self.gelu = (of[name in self.techniques] for name in ("norm", "gelu"))
+        self.unpacker = of["one pass" in self.techniques]
 
         embeddings = model.vit.embeddings
         self.projection = embeddings.patch_embeddings.projection
         self.register_buffer("positions", embeddings.position_embeddings.data[0])
         self.register_buffer("class_token", embeddings.cls_token.data[0])
-        # No module and no buffer: it holds no weights, and is counted apart.
-        nf4 = isinstance(linear, bnb.nn.Linear4bit)
-        self.scratch = Scratch(model.vit.layers[0], dtype, self.techniques) if nf4 else None
+        scratch = None
+        if isinstance(linear, bnb.nn.Linear4bit):
+            # qkv, out and fc1 of a block together; then fc2 in their place.
+            layer = model.vit.layers[0]
+            together = [*layer.attention.children(), layer.mlp.fc1]
+            size = sum(m.in_features * m.out_features for m in together if isinstance(m, nn.Linear))
+            scratch = torch.empty(size, dtype=dtype, device=device)
+        self.scratch = scratch  # no buffer: it holds no weights, and is counted apart
         self.blocks = nn.ModuleList()
         while len(model.vit.layers):  # one at a time, so that no two copies of all weights stand side by side
-            self.blocks.append(Block(model.vit.layers[0], dtype, self.scratch, self.techniques))
+            self.blocks.append(Block(model.vit.layers[0], dtype, scratch, self.techniques))
             del model.vit.layers[0]
         self.register_buffer("last_shift", None)
         if self.adds_in_product:
@@ -140,7 +141,7 @@ class FusedViT(nn.Module):
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the memory that NF4 weights are unpacked into, which all blocks share."""
-        return self.scratch.memory.nbytes if self.scratch else 0
+        return 0 if self.scratch is None else self.scratch.numel() * self.scratch.element_size()
 
     def flops_left_out(self, batch: int) -> int:
         """Operations of the whole model's forward that this one does not do: those of the last block's other tokens."""
@@ -163,26 +164,23 @@ class FusedViT(nn.Module):
         """Pixels, [batch, 3, height, width], to logits [batch, classes]."""
         batch = len(pixel_values)
         stream, delta = self._embed(pixel_values).flatten(0, 1), None
-        for block, following in pairwise([*self.blocks, None]):
-            if self.scratch:
-                self.scratch.for_attention(block, is_first=block is self.blocks[0])
+        for block in self.blocks:
+            if self.scratch is not None:
+                weights.unpack(block.packs[0], self.unpacker, self.scratch)
             x = self.norm.layer_norm(
                 stream, delta, block.before_shift, block.before_weight, block.before_bias, self.eps, block.out.fp8
             )
             x = self._attend(block, x, batch)
-            if following is None and "class token" in self.techniques:
+            if block is self.blocks[-1] and "class token" in self.techniques:
                 x, stream = x[:, 0], stream.view(batch, -1, stream.shape[-1])[:, 0].contiguous()
             x = x.reshape(-1, x.shape[-1])
             delta = self._add(block.out, stream, self.norm.quantize_rows(x) if block.out.fp8 else x)
-            if self.scratch:
-                self.scratch.for_first(block)
             x = self.norm.layer_norm(
                 stream, delta, block.after_shift, block.after_weight, block.after_bias, self.eps, block.out.fp8
             )
-            x = block.fc1(x)
-            if self.scratch:
-                self.scratch.for_second(block, following)
-            x = self.gelu.gelu(x, block.out.fp8)
+            x = self.gelu.gelu(block.fc1(x), block.out.fp8)
+            if self.scratch is not None:
+                weights.unpack(block.packs[1], self.unpacker, self.scratch)
             delta = self._add(block.fc2, stream, x)
         if len(stream) != batch:  # of the last norm only the class token is read, whatever the techniques
             tokens = len(stream) // batch
