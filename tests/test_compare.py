@@ -205,29 +205,47 @@ def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_p
 
 
 class Compiled(Sleeper):
-    """``1.5`` cannot be compiled at batch 2. Every question is kept in one list, with the process that it was put to."""
+    """``1.5`` cannot be compiled at batch 2. Every question to anyone is kept in one list."""
 
     asked: ClassVar[list] = []
 
     def __init__(self, study, variant, device):
         super().__init__(study, variant, device)
-        self.place = len({place for place, *_ in self.asked})
-        self.asked.append((self.place, variant, "load", 0))
+        self.asked.append((variant, "load", 0))
 
     def describe(self):
         return {"attention_launched": "sdpa"}
 
     def prepare(self, batch_size):
-        self.asked.append((self.place, str(self.factor), "prepare", batch_size))
+        self.asked.append((f"{self.factor:g}", "prepare", batch_size))
         if (self.factor, batch_size) == (1.5, 2):
             raise VariantError("no compiler")
 
     def warm_up(self, batch_size):
-        self.asked.append((self.place, str(self.factor), "warm_up", batch_size))
+        self.asked.append((f"{self.factor:g}", "warm_up", batch_size))
         return {"first_seconds": batch_size}
 
 
-def test_peers_compile_in_a_process_for_each_size_all_before_the_first_turn(monkeypatch):
+def test_everyone_compiles_before_the_first_is_waited_for():
+    heard = []
+
+    class Quiet:
+        def __init__(self, name):
+            self.name = name
+
+        def send(self, question, batch_size):
+            heard.append((question, batch_size, self.name))
+
+        def receive(self):
+            heard.append(("answer", self.name))
+
+    turns.prepare({"a": [Quiet("a"), Quiet("b")], "c": [Quiet("c")]}, 8, {}, heard.append)
+    assert heard == [
+        *(("prepare", 8, name) for name in "abc"), ("answer", "a"), ("answer", "b"), "a", ("answer", "c"), "c"
+    ]  # fmt: skip
+
+
+def test_what_cannot_compile_at_one_batch_size_is_back_at_the_next(monkeypatch, capsys):
     monkeypatch.setattr(compare, "Bench", Compiled)
     monkeypatch.setattr(compare.peers, "Bench", Compiled)
     monkeypatch.setattr(compare, "Worker", Here)
@@ -237,18 +255,20 @@ def test_peers_compile_in_a_process_for_each_size_all_before_the_first_turn(monk
         "x", "", "", "", "", variants=["1", "1.5"], peers=["2"], batch_sizes=[1, 2, 3], compare=budget
     )
     found = compare.measure(study)
-    asked = {(name, what): [] for _, name, what, _ in Compiled.asked}
-    for place, name, what, size in Compiled.asked:
-        asked[name, what].append((place, size))
-    assert [what for *_, what, _ in Compiled.asked] == ["load"] * 10 + ["prepare"] * 18 + ["warm_up"] * 16
-    assert sorted(asked["1.0", "prepare"]) == [(place, size) for place in (0, 1) for size in (1, 2, 3)]
-    assert sorted(asked["2.0", "prepare"]) == [(place, place // 2 - 1) for place in range(4, 10)]
-    assert {size for _, size in asked["1.5", "warm_up"]} == {1, 3}
+    wanted = [(name, "load", 0) for name in ("1", "1.5", "2") for _ in range(2)]
+    for size in (1, 2, 3):
+        wanted += [(name, "prepare", size) for name in ("1", "1.5", "2") for _ in range(2)]
+        wanted += [
+            (name, "warm_up", size) for name in ("1", "1.5", "2") for _ in range(2) if (name, size) != ("1.5", 2)
+        ]
+    assert Compiled.asked == wanted
     assert found["failed"] == {"1.5 at batch 2": "no compiler"}
     assert {size: sorted(blocks) for size, blocks in found["blocks_ms"].items()} == {
         "1": ["1", "1.5", "2"], "2": ["1", "2"], "3": ["1", "1.5", "2"]
     }  # fmt: skip
     assert found["blocks_ms"]["3"]["1.5"] == [[4.5]] * 20
+    told = capsys.readouterr().out
+    assert told.count("batch 2: 2 had its first forward") == 1 and "batch 2: 1.5 had its first" not in told
 
 
 def test_a_turn_begins_with_five_milliseconds_that_are_not_counted():

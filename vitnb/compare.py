@@ -27,26 +27,12 @@ def pair(a: list[list[float]], b: list[list[float]]) -> intervals.Ratio:
     return intervals.ratio(np.median(a, axis=1), np.median(b, axis=1))
 
 
-def _start(study: studies.Study, device: str | None, sizes: list[int], stack: ExitStack) -> dict:
-    """The processes of every variant and peer: {name: {batch size: [worker, ...]}}.
-
-    Those of a variant serve every batch size. A peer compiles for minutes at each: it has its own for each, which compile at once.
-    """
-
-    def several(name: str, bench: type) -> list[Worker]:
-        return [stack.enter_context(Worker(study, name, device, bench)) for _ in range(study.compare.processes)]
-
-    found = {name: dict.fromkeys(sizes, several(name, Bench)) for name in study.variants}
-    return found | {name: {size: several(name, peers.Bench) for size in sizes} for name in study.peers}
-
-
-def _describe(workers: dict, tell: Callable) -> tuple[dict, dict[str, str]]:
+def _describe(workers: dict[str, list[Worker]], tell: Callable) -> tuple[dict, dict[str, str]]:
     """Load all at once: what the first process of each name says of itself, and the reasons of those that cannot be loaded."""
     described, failed = {}, {}
-    own = {name: list(dict.fromkeys(chain.from_iterable(at.values()))) for name, at in workers.items()}
-    for worker in chain.from_iterable(own.values()):
+    for worker in chain.from_iterable(workers.values()):
         worker.send("describe")
-    for name, several in own.items():
+    for name, several in workers.items():
         try:
             described[name], *_ = [worker.receive() for worker in several]
         except VariantError as error:
@@ -55,15 +41,14 @@ def _describe(workers: dict, tell: Callable) -> tuple[dict, dict[str, str]]:
     return described, failed
 
 
-def _side_by_side(workers: dict, batch_size: int, failed: dict[str, str], study: studies.Study, tell: Callable) -> dict:
-    """One batch size: warm_up, blocks_ms and failed, by variant; see ``measure``. ``failed``: those that failed there already."""
-    failed = dict(failed)
-    able = {name: at[batch_size] for name, at in workers.items() if name not in failed}
-    warmed = turns.warm_up(able, batch_size, failed)
-    tell(f"batch {batch_size}: {len(warmed)} ready")
-    blocks = turns.take({name: able[name] for name in warmed}, batch_size, study.compare, study.seed, failed)
+def _side_by_side(workers: dict[str, list[Worker]], batch_size: int, study: studies.Study, tell: Callable) -> dict:
+    """One batch size: warm_up, blocks_ms and failed, by variant; see ``measure``."""
+    failed: dict[str, str] = {}
+    turns.prepare(workers, batch_size, failed, lambda name: tell(f"batch {batch_size}: {name} had its first forward"))
+    warmed = turns.warm_up({name: workers[name] for name in workers if name not in failed}, batch_size, failed)
+    blocks = turns.take({name: workers[name] for name in warmed}, batch_size, study.compare, study.seed, failed)
     for name, reason in failed.items():
-        tell(f"{name} failed at batch {batch_size}: {reason}")
+        tell(f"batch {batch_size}: {name} failed: {reason}")
     tell(f"batch {batch_size}: {len(blocks)} side by side, {len(next(iter(blocks.values()), []))} rounds")
     return {"warm_up": {name: first for name, (first, *_) in warmed.items()}, "blocks_ms": blocks, "failed": failed}
 
@@ -84,16 +69,16 @@ def measure(study: studies.Study, device: str | None = None, done: Unfinished | 
     def tell(what: str) -> None:
         print(f"{what}, {time.perf_counter() - begin:.0f} s from the start", flush=True)
 
-    left = [size for size in study.batch_sizes if not done.holds(batch_size=size)]
+    benches = dict.fromkeys(study.variants, Bench) | dict.fromkeys(study.peers, peers.Bench)
     with ExitStack() as stack:
-        # Where nothing is left, one size starts all the same: the record says what was compared.
-        workers = _start(study, device, left or study.batch_sizes[:1], stack)
+        workers = {
+            name: [stack.enter_context(Worker(study, name, device, bench)) for _ in range(study.compare.processes)]
+            for name, bench in benches.items()
+        }
         described, failed = _describe(workers, tell)
-        workers = {name: at for name, at in workers.items() if name not in failed}
-        unfit = turns.prepare({size: {name: at[size] for name, at in workers.items()} for size in left})
-        tell("all had their first forward")
+        workers = {name: several for name, several in workers.items() if name not in failed}
         sizes = {
-            size: done.get(lambda size=size: _side_by_side(workers, size, unfit[size], study, tell), batch_size=size)
+            size: done.get(lambda size=size: _side_by_side(workers, size, study, tell), batch_size=size)
             for size in study.batch_sizes
         }
     for size, found in sizes.items():

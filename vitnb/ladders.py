@@ -22,7 +22,6 @@ TOLD = {
     "norm": "residual and layer norm in one pass over memory",
     "gelu": "the exact GELU in place, by a kernel of its own",
     "class token": "behind the attention of the last block only the class token is computed",
-    "beside": "NF4 weights of an MLP are unpacked beside the product before theirs, on a stream of their own",
     "all of the fused forward": "everything that the other ladders add behind the CUDA graph, at once",
 }  # fmt: skip
 

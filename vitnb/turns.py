@@ -1,6 +1,7 @@
 """Turns: live processes of each variant, asked in rounds for short blocks of forwards, in an order drawn anew."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,29 +19,30 @@ def _fail(failed: dict[str, str] | None, name: str, error: VariantError) -> None
     failed[name] = one_line(error)
 
 
-def prepare(workers: dict[int, dict[str, list[Worker]]]) -> dict[int, dict[str, str]]:
-    """The first forward of every process at each batch size it is there for, all at once: what is compiled is compiled together.
+def prepare(
+    workers: dict[str, list[Worker]], batch_size: int, failed: dict[str, str], ready: Callable[[str], None]
+) -> None:
+    """The first forward of every process at this batch size, all at once: what is compiled is compiled together.
 
     Args:
-        workers: the processes by batch size and name; one process may stand at several sizes.
-
-    Returns: by batch size, the names that failed there, with the reason.
+        failed: where the reasons of those that fail are kept; ready: told each name that does not, in the order of ``workers``.
     """
-    failed, asked = {size: {} for size in workers}, []
-    for size, named in workers.items():
-        for name, several in named.items():
-            for worker in several:
-                try:
-                    worker.send("prepare", batch_size=size)
-                    asked.append((size, name, worker))
-                except VariantError as error:
-                    _fail(failed[size], name, error)
-    for size, name, worker in asked:  # all of them: an answer that is left over would pass for the next question's
-        try:
-            worker.receive()
-        except VariantError as error:
-            _fail(failed[size], name, error)
-    return failed
+    asked: dict[str, list[Worker]] = {name: [] for name in workers}
+    for name, several in workers.items():
+        for worker in several:
+            try:
+                worker.send("prepare", batch_size=batch_size)
+                asked[name].append(worker)
+            except VariantError as error:
+                _fail(failed, name, error)
+    for name, several in asked.items():
+        for worker in several:  # all of them: an answer that is left over would pass for the next question's
+            try:
+                worker.receive()
+            except VariantError as error:
+                _fail(failed, name, error)
+        if name not in failed:
+            ready(name)
 
 
 def warm_up(

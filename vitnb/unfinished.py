@@ -28,7 +28,8 @@ class Unfinished:
         """The finding for ``asked``: read, if it was found before, else made and kept. ``make`` gives what JSON can hold."""
         if self.folder is None:
             return make()
-        path = self._path(asked)
+        key = json.dumps([self.depends, asked], sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if path.exists():
             self.found_before += path not in self.seen
             self.seen.add(path)
@@ -37,11 +38,3 @@ class Unfinished:
         write_whole(path, json.dumps(found))
         self.seen.add(path)
         return found
-
-    def holds(self, **asked) -> bool:
-        """Whether the finding for ``asked`` is there already."""
-        return self.folder is not None and self._path(asked).exists()
-
-    def _path(self, asked: dict) -> Path:
-        key = json.dumps([self.depends, asked], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
