@@ -1,9 +1,11 @@
 """A budget of bytes: what to keep in 16 or 8 bits, and what chance would have kept for as many bytes.
 
-The model of errors: what quantizing a Linear alone costs in KL, it costs among others too, so costs add. KL is a quadratic form
-in small errors of the logits, and errors of rounding that know nothing of each other have no mixed terms on average; so this is
-second order, and an approximation that the measured curve is there to check. A Linear in 8 bits is taken to cost the share of its
-4-bit KL that uniform int8 costs of uniform NF4's: one measured ratio for all.
+The model of errors: KL is a quadratic form in small errors of the logits, so what several Linears cost together is what each costs
+by itself and a mixed term of each pair. A Linear quantized alone shows its own term; kept alone among quantized ones, its own
+and all its mixed terms. The mean of the two directions gives half of a mixed term to either Linear of the pair, so that these
+costs add up to the KL of uniform NF4 (in a quadratic game this is the Shapley value: L. S. Shapley, 1953). It is an approximation, which
+the measured curve is there to check. A Linear in 8 bits is taken to cost the share of its 4-bit KL that uniform int8 costs of
+uniform NF4's: one measured ratio for all.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ DRAWS = 2_000
 class Costs:
     """What the choice is made from.
 
-    kl: nats that quantizing each Linear alone to NF4 costs; left: share of these that remains at a width ({16: 0.0, 8: ...});
+    kl: nats that each Linear costs in NF4, by the model above; left: share of these that remains at a width ({16: 0.0, 8: ...});
     extra: {bits: {Linear: bytes beyond NF4}}; plain_kl: KL with nothing quantized; uniform_bytes: of the whole model in NF4.
     """
 

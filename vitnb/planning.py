@@ -1,4 +1,4 @@
-"""Making a plan: measure every Linear alone, choose within a budget of bytes, measure the choice, and prove it.
+"""Making a plan: measure every Linear in both directions, choose within a budget of bytes, measure the choice, and prove it.
 
 Chosen on validation images only. The proof is on images that chose nothing of it, the test split or, where there is none, half of
 the validation images: the plan beside uniform NF4, and beside plans of the same bytes that chance made.
@@ -69,20 +69,22 @@ class Bench:
         walk = Walk(self.board, self.loaded, getattr(self, images), rest, replay=False)
         return self.done[images].get(lambda: walk.ask(widths), widths=widths, rest=rest)
 
-    def alone(self) -> dict[str, dict]:
-        """The scores of every Linear quantized to NF4 alone, by its full name, on the validation images."""
-        walk, found = Walk(self.board, self.loaded, self.valid, PLAIN), {}
+    def singly(self, bits: int, rest: int) -> dict[str, dict]:
+        """The scores of every Linear, by its full name, in ``bits`` with all others in ``rest``, on the validation images."""
+        walk, found = Walk(self.board, self.loaded, self.valid, rest), {}
         for part, (name,) in self.singles.items():
-            found[name] = self.done["valid"].get(lambda name=name: walk.ask({name: 4}), widths={name: 4}, rest=PLAIN)
-            print(f"{part:16s} alone in 4 bits: KL {found[name]['kl']:.6f}", flush=True)
+            found[name] = self.done["valid"].get(
+                lambda name=name: walk.ask({name: bits}), widths={name: bits}, rest=rest
+            )
+            print(f"{part:16s} in {bits} bits, all others in {rest}: KL {found[name]['kl']:.6f}", flush=True)
         return found
 
 
-def _costs(bench: Bench, alone: dict[str, float], measured: dict[str, dict]) -> Costs:
-    """What the choice is made from: KL of each Linear alone, beyond what computing in 16 bits does by itself."""
+def _costs(bench: Bench, alone: dict[str, dict], kept_alone: dict[str, dict], measured: dict[str, dict]) -> Costs:
+    """What the choice is made from, by the scores of each Linear in both directions; see ``budget``."""
     plain, nf4, int8 = (measured[name]["kl"] for name in (BF16, NF4, INT8))
     left = min(1.0, max(0.0, int8 - plain) / max(nf4 - plain, 1e-12))
-    kl = {name: value - plain for name, value in alone.items()}
+    kl = {name: (alone[name]["kl"] - plain + nf4 - kept_alone[name]["kl"]) / 2 for name in alone}
     return Costs(kl, {PLAIN: 0.0, 8: left}, bench.extra, plain, bench.uniform_bytes)
 
 
@@ -159,8 +161,8 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
         NF4: bench.ask("valid", {}), INT8: bench.ask("valid", dict.fromkeys(every, 8)),
         BF16: bench.ask("valid", dict.fromkeys(every, PLAIN)),
     }  # fmt: skip
-    alone = bench.alone()
-    costs = _costs(bench, {linear: scores["kl"] for linear, scores in alone.items()}, measured)
+    alone, kept_alone = bench.singly(4, rest=PLAIN), bench.singly(PLAIN, rest=4)
+    costs = _costs(bench, alone, kept_alone, measured)
     chosen = budget.choose(costs, widths, round(share * bench.uniform_bytes))
     if not chosen:
         raise UserError(f"a budget of {share:g} buys nothing: no Linear that fits costs any KL; raise --budget")
@@ -179,9 +181,11 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
     export = finetune.export_plan(study, name, kept)
     path = plans.write(study, plan)
     started.save(
-        plan=asdict(plan), alone={linear: scores["kl_by_image"] for linear, scores in alone.items()}, left=costs.left, curve=curve,
-        proof=proven, disk_bytes=checkpoints.disk_bytes(export), checkpoint_sha256=checkpoints.fingerprint(export),
-        images={"valid": len(bench.valid.labels), "proof": len(bench.test.reference)}, proven_on=bench.proven_on,
+        plan=asdict(plan), left=costs.left, curve=curve, proof=proven, disk_bytes=checkpoints.disk_bytes(export),
+        alone={linear: scores["kl_by_image"] for linear, scores in alone.items()},
+        kept_alone={linear: scores["kl_by_image"] for linear, scores in kept_alone.items()},
+        checkpoint_sha256=checkpoints.fingerprint(export), proven_on=bench.proven_on,
+        images={"valid": len(bench.valid.labels), "proof": len(bench.test.reference)},
         parts={linear: part for part, (linear,) in bench.singles.items()},
     )  # fmt: skip
     return path
