@@ -82,10 +82,26 @@ def test_the_costs_of_a_quadratic_form_add_up_to_all_of_it():
     alone = {str(i): kl([i]) for i in every}
     kept_alone = {str(i): kl([j for j in every if j != i]) for i in every}
     measured = {proof.NF4: kl(every), proof.BF16: kl([]), proof.INT8: kl([])}
-    found = planning._costs(SimpleNamespace(extra={}, uniform_bytes=1), alone, kept_alone, measured)
+    own, found = planning._costs(SimpleNamespace(extra={}, uniform_bytes=1), alone, kept_alone, measured)
     assert list(found.kl.values()) == pytest.approx(form.sum(1) / 2)
+    assert list(own.kl.values()) == pytest.approx(form.diagonal() / 2)
     assert found.predicted({}) == pytest.approx(measured[proof.NF4]["kl"])
-    assert abs(sum(one["kl"] - 0.01 for one in alone.values()) / sum(found.kl.values()) - 1) > 0.3
+    assert abs(sum(own.kl.values()) / sum(found.kl.values()) - 1) > 0.3
+
+
+@pytest.mark.parametrize("better", ["a", "b"])
+def test_of_two_choices_the_one_that_is_better_as_measured_is_taken(better):
+    extra = {16: {"a": 10, "b": 10}}
+    several = [budget.Costs({"a": a, "b": 1.0}, {16: 0.0}, extra, 0.0, 100) for a in (2.0, 0.5)]
+    asked = []
+
+    def ask(images, widths):
+        asked.append((images, widths))
+        return {"kl": 0.1 if better in widths else 0.2}
+
+    found = planning._choose(SimpleNamespace(ask=ask, uniform_bytes=100), several, [16], 0.1)
+    assert found == ({better: 16}, several["ab".index(better)])
+    assert asked == [("valid", {"a": 16}), ("valid", {"b": 16})]
 
 
 def test_random_plans_hold_the_same_bytes():
@@ -207,11 +223,11 @@ def test_the_record_holds_the_trade_off_and_the_proof(planned):
     )
     alone, kept_alone = ({k: np.mean(v) for k, v in found[key].items()} for key in ("alone", "kept_alone"))
     uniform, plain = curve.kl[0], curve.kl[2]
-    shares = {name: (alone[name] - plain + uniform - kept_alone[name]) / 2 for name in alone}
+    own = {name: alone[name] - plain for name in alone}
+    shares = {name: (own[name] + uniform - kept_alone[name]) / 2 for name in alone}
     kept = found["plan"]["widths"]
-    assert len(shares) == 18 and found["plan"]["predicted_kl"] == pytest.approx(
-        plain + sum(share for name, share in shares.items() if name not in kept), rel=1e-4
-    )
+    predicted = [plain + sum(cost for name, cost in costs.items() if name not in kept) for costs in (own, shares)]
+    assert len(shares) == 18 and found["plan"]["predicted_kl"] in [pytest.approx(one, rel=1e-4) for one in predicted]
     assert curve.predicted_kl[0] == pytest.approx(uniform, rel=0.1), "costs in both directions add up to about all"
     tested = proof.trade_off(found["proof"], found["plan"]["uniform_bytes"])
     chance = tested[tested.name.str.startswith("random ")]
@@ -333,7 +349,7 @@ def test_a_killed_plan_goes_on(planned, monkeypatch):
     planning.run(planned, "again", 0.4)
     again, wide = record(planned, "again"), record(planned, "wide")
     assert again["curve"] == wide["curve"] and again["proof"] == wide["proof"]
-    assert len(asked) - 1 < 44 + len(wide["curve"]) + len(wide["proof"])
+    assert len(asked) - 1 < 44 + 2 * len(wide["curve"]) + len(wide["proof"]), "two choices are measured for a budget"
 
 
 def test_a_plan_through_the_notebooks_and_the_report(planned, mini_yaml, run_cells):

@@ -3,9 +3,11 @@
 The model of errors: KL is a quadratic form in small errors of the logits, so what several Linears cost together is what each costs
 by itself and a mixed term of each pair. A Linear quantized alone shows its own term; kept alone among quantized ones, its own
 and all its mixed terms. The mean of the two directions gives half of a mixed term to either Linear of the pair, so that these
-costs add up to the KL of uniform NF4 (in a quadratic game this is the Shapley value: L. S. Shapley, 1953). It is an approximation, which
-the measured curve is there to check. A Linear in 8 bits is taken to cost the share of its 4-bit KL that uniform int8 costs of
-uniform NF4's: one measured ratio for all.
+shares add up to the KL of uniform NF4 (in a quadratic game this is the Shapley value: L. S. Shapley, 1953). It is an approximation, which
+the measured curve is there to check; and mixed terms are noisy, and fewer the more is kept. So what own terms alone would choose
+is measured, too, and the better of the two is taken.
+
+A Linear in 8 bits is taken to cost the share of its 4-bit KL that uniform int8 costs of uniform NF4's: one measured ratio for all.
 """
 
 from dataclasses import dataclass

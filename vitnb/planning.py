@@ -80,12 +80,20 @@ class Bench:
         return found
 
 
-def _costs(bench: Bench, alone: dict[str, dict], kept_alone: dict[str, dict], measured: dict[str, dict]) -> Costs:
-    """What the choice is made from, by the scores of each Linear in both directions; see ``budget``."""
+def _costs(bench: Bench, alone: dict[str, dict], kept_alone: dict[str, dict], measured: dict[str, dict]) -> list[Costs]:
+    """What the choice is made from, by the scores of each Linear in both directions: own terms, and shares; see ``budget``."""
     plain, nf4, int8 = (measured[name]["kl"] for name in (BF16, NF4, INT8))
     left = min(1.0, max(0.0, int8 - plain) / max(nf4 - plain, 1e-12))
-    kl = {name: (alone[name]["kl"] - plain + nf4 - kept_alone[name]["kl"]) / 2 for name in alone}
-    return Costs(kl, {PLAIN: 0.0, 8: left}, bench.extra, plain, bench.uniform_bytes)
+    own = {name: alone[name]["kl"] - plain for name in alone}
+    shares = {name: (own[name] + nf4 - kept_alone[name]["kl"]) / 2 for name in alone}
+    return [Costs(kl, {PLAIN: 0.0, 8: left}, bench.extra, plain, bench.uniform_bytes) for kl in (own, shares)]
+
+
+def _choose(bench: Bench, several: list[Costs], allowed: list[int], share: float) -> tuple[dict[str, int], Costs]:
+    """The best widths within a budget by each of several costs, of which that with the least KL as measured; and its costs."""
+    limit = round(share * bench.uniform_bytes)
+    choices = [(budget.choose(costs, allowed, limit), costs) for costs in several]
+    return min(choices, key=lambda choice: bench.ask("valid", choice[0])["kl"])
 
 
 def _row(name: str, curve: str, share: float | None, widths: dict[str, int], costs: Costs, scores: dict) -> dict:
@@ -96,8 +104,9 @@ def _row(name: str, curve: str, share: float | None, widths: dict[str, int], cos
     } | {key: scores[key] for key in ("linears_quantized", "linears_kept", "top1", "kl", "kl_by_image")}  # fmt: skip
 
 
-def _trade_off(bench: Bench, costs: Costs, measured: dict[str, dict], share: float) -> list[dict]:
+def _trade_off(bench: Bench, several: list[Costs], measured: dict[str, dict], share: float) -> list[dict]:
     """The plain choices, and what each budget buys on each curve; a budget that buys nothing new is left out."""
+    *_, costs = several
     every = list(costs.kl)
     ends = {name: PLAIN for name in every if name.startswith((f"{bench.blocks[0]}.", f"{bench.blocks[-1]}."))}
     plain = {NF4: {}, INT8: dict.fromkeys(every, 8), BF16: dict.fromkeys(every, PLAIN), ENDS: ends}
@@ -106,7 +115,7 @@ def _trade_off(bench: Bench, costs: Costs, measured: dict[str, dict], share: flo
     for curve, allowed in ALLOWED.items():
         seen = [{}]
         for one in sorted({*BUDGETS, share}):
-            widths = budget.choose(costs, allowed, round(one * bench.uniform_bytes))
+            widths, costs = _choose(bench, several, allowed, one)
             if widths in seen:
                 continue
             seen.append(widths)
@@ -162,8 +171,8 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
         BF16: bench.ask("valid", dict.fromkeys(every, PLAIN)),
     }  # fmt: skip
     alone, kept_alone = bench.singly(4, rest=PLAIN), bench.singly(PLAIN, rest=4)
-    costs = _costs(bench, alone, kept_alone, measured)
-    chosen = budget.choose(costs, widths, round(share * bench.uniform_bytes))
+    several = _costs(bench, alone, kept_alone, measured)
+    chosen, costs = _choose(bench, several, widths, share)
     if not chosen:
         raise UserError(f"a budget of {share:g} buys nothing: no Linear that fits costs any KL; raise --budget")
     if len(chosen) == len(every):
@@ -171,7 +180,7 @@ def run(study: studies.Study, name: str | None = None, share: float = 0.12, widt
             f"a budget of {share:g} leaves no Linear in 4 bits: take int8-sdpa or bf16-sdpa, or lower --budget"
         )
     scores = bench.ask("valid", chosen)
-    curve, proven = _trade_off(bench, costs, measured, share), _proof(bench, costs, chosen, widths, started.seed)
+    curve, proven = _trade_off(bench, several, measured, share), _proof(bench, costs, chosen, widths, started.seed)
     kl, low, high = intervals.mean(scores["kl_by_image"])
     plan = plans.Plan(
         name, share, chosen, costs.bytes(chosen), bench.uniform_bytes, measured[NF4]["kl"], costs.predicted(chosen), kl, low, high,
