@@ -28,7 +28,9 @@ def random(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shapes", [[(4096, 1024)], [(1024, 4096)], [(192, 192)], [(1024, 1024)] * 4 + [(4096, 1024)]])
+@pytest.mark.parametrize(
+    "shapes", [[(4096, 1024)], [(1024, 4096)], [(192, 192)], [(24, 64)], [(1024, 1024)] * 4 + [(4096, 1024)]]
+)
 def test_nf4_is_unpacked_to_the_bit_as_bitsandbytes_does(kernels, shapes, dtype):
     linears = [torch.nn.Linear(columns, rows, bias=False, device="cuda", dtype=dtype) for rows, columns in shapes]
     packed = [quantize.quantized_copy(linear, 4, dtype) for linear in linears]

@@ -14,28 +14,29 @@ _NF4_BLOCK, _NF4_GROUP = tl.constexpr(NF4_BLOCK), tl.constexpr(NF4_GROUP)
 
 
 @triton.jit
-def _dequantize(packed, absmax, code, scale_code, scale, offset, out, blocks, BLOCKS: tl.constexpr):
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    there = block < blocks
-    group = tl.program_id(0) * BLOCKS // _NF4_GROUP  # BLOCKS divides it: one group a program
+def _dequantize(packed, absmax, code, scale_code, scale, offset, out, words, WORDS: tl.constexpr):
+    # A word of 32 bits holds 8 weights, which one thread writes as 16 bytes: neighbours read and write side by side.
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    there, block = word < words, word // (_NF4_BLOCK // 8)
+    group = tl.program_id(0) * WORDS // (_NF4_GROUP * _NF4_BLOCK // 8)  # WORDS divides it: one group a program
     largest = tl.load(scale_code + tl.load(absmax + block, mask=there, other=0).to(tl.int32))
     largest = largest * tl.load(scale + group) + tl.load(offset + group)
-    column = tl.arange(0, _NF4_BLOCK // 2)
-    pair = tl.load(packed + block[:, None] * (_NF4_BLOCK // 2) + column[None, :], mask=there[:, None], other=0)
-    first = tl.load(code + (pair >> 4).to(tl.int32)) * largest[:, None]
-    second = tl.load(code + (pair & 15).to(tl.int32)) * largest[:, None]
-    weights = tl.interleave(first, second).to(out.dtype.element_ty)
-    where = out + block[:, None] * _NF4_BLOCK + tl.arange(0, _NF4_BLOCK)[None, :]
-    tl.store(where, weights, mask=there[:, None])
+    # All packed weights are more than the L2 holds until the next forward: first out, the unpacked ones stay for their product.
+    eight = tl.load(packed + word, mask=there, other=0, eviction_policy="evict_first")
+    weight = tl.arange(0, 8)
+    shift = weight // 2 * 8 + (1 - weight % 2) * 4  # the first of two weights is in the high half of its byte
+    weights = tl.load(code + (eight[:, None] >> shift[None, :] & 15)) * largest[:, None]
+    tl.store(out + word[:, None] * 8 + weight[None, :], weights.to(out.dtype.element_ty), mask=there[:, None])
 
 
 def dequantize_nf4(packed, absmax, code, scale_code, scale, offset, out) -> None:
     """See ``reference.dequantize_nf4``."""
-    blocks = absmax.numel()
-    # A fused multiply-add would round once where bitsandbytes rounds twice.
-    _dequantize[(triton.cdiv(blocks, 64),)](
-        packed, absmax, code, scale_code, scale, offset, out, blocks, BLOCKS=64, num_warps=4, enable_fp_fusion=False
-    )
+    words = packed.view(torch.int32)
+    # A fused multiply-add would round once where bitsandbytes rounds twice. 256 words and 4 warps: the fastest tried on an H200.
+    _dequantize[(triton.cdiv(words.numel(), 256),)](
+        words, absmax, code, scale_code, scale, offset, out, words.numel(),
+        WORDS=256, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
