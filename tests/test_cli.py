@@ -130,9 +130,10 @@ def test_a_killed_kernel_leaves_a_failed_row(capsys, mini_yaml, monkeypatch, tmp
     assert len(list(path.parent.iterdir())) == 1
 
 
-def test_a_report_without_records(capsys, outputs):
-    line = refused(capsys, "report", "embedded")
-    assert "python -m vitnb study embedded" in line and not (outputs / "embedded" / "report.html").exists()
+def test_a_report_without_records(capsys, outputs, tmp_path):
+    for words in (["report", "embedded"], ["publish", "embedded", "--to", str(tmp_path / "published")]):
+        assert "python -m vitnb study embedded" in refused(capsys, *words)
+    assert not (outputs / "embedded" / "report.html").exists() and not (tmp_path / "published").exists()
 
 
 def test_commands_that_are_none(capsys):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from vitnb.errors import UserError, VariantError, one_line
 
@@ -59,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make report.html and the CSV tables from the records alone")
     report.add_argument("study", nargs="?", default="embedded")
 
+    publish = commands.add_parser(
+        "publish", help="copy what is small of a study's results, for a repository: records, tables, figures, report"
+    )
+    publish.add_argument("study", nargs="?", default="embedded")
+    publish.add_argument("--to", help="the folder that gets a folder of the study's name (default: outputs/published)")
+
     check = commands.add_parser("check", help="look through a checkpoint folder")
     check.add_argument("checkpoint")
 
@@ -76,8 +83,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _download(args) -> None:
-    from pathlib import Path
-
     from vitnb import download, studies
 
     to = Path(args.to).expanduser().absolute() if args.to else studies.ROOT / "data" / args.dataset
@@ -85,45 +90,9 @@ def _download(args) -> None:
 
 
 def _study(args) -> None:
-    import subprocess
+    from vitnb import scheduler
 
-    from vitnb import bases, data, records, studies
-
-    study = studies.load(args.study)
-    records.check_machine(study)
-    if not study.pretrain:  # else the first job makes it
-        bases.find(study)
-    data.layout(study)
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(studies.ROOT / "Snakefile"),
-        "--directory",
-        str(studies.ROOT),
-    ]
-    command += [
-        "--cores",
-        "all",
-        "--rerun-triggers",
-        "mtime",
-        "input",
-        "params",
-        "--quiet",
-        "rules",
-        "host",
-        "--keep-incomplete",
-    ]
-    command += ["--config", f"study={args.study}"] + ["--dry-run"] * args.dry_run
-    # The jobs must import the same vitnb, also where it is not installed.
-    python_path = os.pathsep.join([str(studies.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": python_path}, check=False)
-    if done.returncode:
-        raise UserError(
-            f"study {study.name} stopped; the line above says why. What is done is kept: run it again to go on"
-        )
-    print(f"vitnb: {study.outputs / 'report.html'}")
+    print(f"vitnb: {scheduler.run(args.study, args.dry_run)}")
 
 
 def _run(args) -> None:
@@ -160,6 +129,13 @@ def _report(args) -> None:
     from vitnb import report, studies
 
     print(f"vitnb: {report.write(studies.load(args.study))}")
+
+
+def _publish(args) -> None:
+    from vitnb import publish, studies
+
+    to = Path(args.to).expanduser() if args.to else studies.ROOT / "outputs" / "published"
+    print(f"vitnb: {publish.publish(studies.load(args.study), to)}")
 
 
 def _check(args) -> None:
@@ -203,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": _plan,
         "show": _show,
         "report": _report,
+        "publish": _publish,
         "check": _check,
         "variants": _variants,
         "pretrain": _pretrain,

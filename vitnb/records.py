@@ -1,5 +1,6 @@
 """Records: what one run of a notebook was asked, what ran, its raw samples, and the machine. JSON, whole or not at all."""
 
+import io
 import json
 import os
 import random
@@ -18,12 +19,12 @@ from vitnb import machine, studies, variants
 from vitnb.errors import UserError, VariantError, one_line
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a killed writer, never leaves half of it behind."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a killed writer, never leaves half of it behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -31,14 +32,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_array(path: Path, values: np.ndarray) -> None:
     """Write an array (npy, no pickles) whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            np.save(file, values, allow_pickle=False)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    write_whole(path, buffer.getvalue())
 
 
 def _plain(value: object):

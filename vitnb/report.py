@@ -34,12 +34,16 @@ from vitnb.tables import agreed, answered, raced, shown, stepped
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def _embed(figure: Figure) -> str:
-    """A figure as a data URI, so that the page is one file."""
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def _embed(png: bytes) -> str:
+    """A picture as a data URI, so that the page is one file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _one(found: list[dict], notebook: str) -> dict | None:
@@ -51,8 +55,33 @@ def _csv(path: Path, table: pd.DataFrame) -> None:
     records.write_whole(path, table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL))
 
 
+def _drawn(table, ratios, evaluated, finetuned, ablated, effects, planned, based, fallen) -> dict[str, Figure]:
+    """The figures of what there is, by name."""
+    found = {}
+    if evaluated:
+        found = {
+            "accuracy_latency": figures.accuracy_latency(table, ratios), "accuracy_size": figures.accuracy_size(table),
+            "size_memory": figures.size_memory(table), "latency": figures.latency_distribution(evaluated),
+            "kernels": figures.kernel_classes(evaluated),
+        }  # fmt: skip
+    if finetuned:
+        found["learning"] = figures.learning_curve(finetuned["history"])
+    if ablated:
+        rows = ablated["rows"]
+        found |= {"layers": figures.ablation_layers(rows), "ends": figures.ablation_ends(rows)}
+        found["effects"] = figures.layer_effects(effects)
+    for record in planned:
+        name = record["name"]
+        found |= {f"curve {name}": figures.plan_curve(record), f"map {name}": figures.linears_map(record)}
+    if based:
+        found["base"] = figures.pretraining_curve(based["history"])
+    if fallen:
+        found["waterfall"] = figures.waterfall(fallen)
+    return found
+
+
 def write(study: studies.Study) -> Path:
-    """Write ``report.html``, ``summary.csv``, ``accuracy.csv`` and ``claims.csv`` of a study from its records.
+    """Write ``report.html``, ``figures/`` and the tables that are not a stage's own, such as ``summary.csv``, from the records.
 
     Raises UserError if there are none.
     """
@@ -74,27 +103,8 @@ def write(study: studies.Study) -> Path:
     times = compare.times(turns) if turns else pd.DataFrame(columns=compare.TIME_COLUMNS)
     ratios, answers = compare.against(every), accuracy.compared(evaluated, turns)
     claimed = claims.verdicts(claims.measured(table, every, answers, ablated))
-    pictures = {}
-    if evaluated:
-        pictures = {
-            "accuracy_latency": figures.accuracy_latency(table, ratios if turns else None),
-            "accuracy_size": figures.accuracy_size(table), "size_memory": figures.size_memory(table),
-            "latency": figures.latency_distribution(evaluated), "kernels": figures.kernel_classes(evaluated),
-        }  # fmt: skip
-    if finetuned:
-        pictures["learning"] = figures.learning_curve(finetuned["history"])
-    if ablated:
-        pictures |= {"layers": figures.ablation_layers(ablated["rows"]), "ends": figures.ablation_ends(ablated["rows"])}
-        pictures["effects"] = figures.layer_effects(effects)
-    for record in planned:
-        pictures |= {
-            f"curve {record['name']}": figures.plan_curve(record),
-            f"map {record['name']}": figures.linears_map(record),
-        }
-    if based:
-        pictures["base"] = figures.pretraining_curve(based["history"])
-    if fallen:
-        pictures["waterfall"] = figures.waterfall(fallen)
+    drawn = _drawn(table, ratios if turns else None, evaluated, finetuned, ablated, effects, planned, based, fallen)
+    pictures = {name: _png(figure) for name, figure in drawn.items()}
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     widths = sorted(effects.bits.unique().tolist()) if ablated else []
     keep = {bits: ablate.recommended(effects, bits) for bits in widths}
@@ -103,7 +113,7 @@ def write(study: studies.Study) -> Path:
         for r in planned
     ]
     html = page.render(
-        study=study, table=shown(table), figures={name: _embed(figure) for name, figure in pictures.items()},
+        study=study, table=shown(table), figures={name: _embed(png) for name, png in pictures.items()},
         advice=pd.DataFrame(advice.recommendation(table, ratios, answers)), same_kernel=advice.not_comparable(table),
         raced=raced(ratios, times), turns=turns, pairs=len(every), answered=answered(answers), agreed=agreed(turns), claims=claimed,
         claim_counts=claims.counts(claimed), definitions=memory.DEFINITIONS, roofs=_roofs(evaluated),
@@ -123,6 +133,8 @@ def write(study: studies.Study) -> Path:
         _csv(study.outputs / "sensitivity.csv", effects)
     for record in planned:
         _csv(study.outputs / f"{record['name']}.csv", proof.trade_off(record["curve"], record["plan"]["uniform_bytes"]))
+    for name, png in pictures.items():
+        records.write_whole(study.outputs / "figures" / f"{name.replace(' ', '-')}.png", png)
     records.write_whole(study.outputs / "report.html", html)
     return study.outputs / "report.html"
 
