@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,35 +74,6 @@ def test_the_report_is_one_file_that_names_every_variant(done):
     assert 'src="http' not in page and 'href="http' not in page and "<script" not in page
     for name in FIGURES:  # each is a file, too
         assert base64.b64encode((done / name).read_bytes()).decode() in page
-
-
-def test_what_is_published_is_small_whole_and_of_committed_code(done, mini_yaml, tmp_path):
-    outputs, to = tmp_path / "outputs", tmp_path / "published"
-    shutil.copytree(done, outputs / "mini")
-
-    def publish(dirty: bool) -> subprocess.CompletedProcess:
-        for path in (outputs / "mini" / "records").iterdir():
-            record = json.loads(path.read_text())
-            record["machine"]["dirty"] = dirty and path.stem == "ablate"
-            path.write_text(json.dumps(record))
-        return vitnb("publish", str(mini_yaml), "--to", str(to), outputs=outputs)
-
-    (to / "mini").mkdir(parents=True)
-    (to / "mini" / "times-of-a-removed-variant.csv").write_text("old")
-    ended = publish(dirty=True)
-    assert ended.returncode == 1 and "ablate was measured with changes that are not committed" in ended.stderr
-    assert [path.name for path in to.rglob("*.*")] == ["times-of-a-removed-variant.csv"]
-    ended = publish(dirty=False)
-    assert ended.returncode == 0, ended.stderr
-    found = {path.relative_to(to / "mini").as_posix() for path in (to / "mini").rglob("*") if path.is_file()}
-    tables = ["summary", "accuracy", "claims", "ratios", "times", "ablation", "sensitivity"]
-    names = ["finetune", "evaluate-fp32-sdpa", "evaluate-nf4-fa2", "ablate", "infer", "compare"]
-    assert found == {
-        "report.html", *FIGURES, *(f"{name}.csv" for name in tables), *(f"records/{name}.json" for name in names)
-    }  # fmt: skip
-    for name in found:
-        assert (to / "mini" / name).read_bytes() == (outputs / "mini" / name).read_bytes()
-    assert [path.name for path in to.iterdir()] == ["mini"]
 
 
 def test_summary_follows_from_the_raw_records(done):
