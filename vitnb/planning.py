@@ -106,12 +106,12 @@ def _row(name: str, curve: str, share: float | None, widths: dict[str, int], cos
 
 def _trade_off(bench: Bench, several: list[Costs], measured: dict[str, dict], share: float) -> list[dict]:
     """The plain choices, and what each budget buys on each curve; a budget that buys nothing new is left out."""
-    *_, costs = several
-    every = list(costs.kl)
+    *_, shares = several  # which tell what the plain choices cost
+    every = list(shares.kl)
     ends = {name: PLAIN for name in every if name.startswith((f"{bench.blocks[0]}.", f"{bench.blocks[-1]}."))}
     plain = {NF4: {}, INT8: dict.fromkeys(every, 8), BF16: dict.fromkeys(every, PLAIN), ENDS: ends}
     measured[ENDS] = bench.ask("valid", ends)
-    rows = [_row(name, "", None, widths, costs, measured[name]) for name, widths in plain.items()]
+    rows = [_row(name, "", None, widths, shares, measured[name]) for name, widths in plain.items()]
     for curve, allowed in ALLOWED.items():
         seen = [{}]
         for one in sorted({*BUDGETS, share}):

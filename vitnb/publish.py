@@ -18,13 +18,13 @@ def publish(study: studies.Study, to: Path) -> Path:
 
     Raises UserError if the study has no results, or a record is of code that was not committed: nobody else could run it.
     """
-    report.write(study)
     for record in records.load(study):
         if record["machine"]["dirty"]:
             raise UserError(
                 f"{record['name']} was measured with changes that are not committed: commit them, delete the record and run "
                 f"'python -m vitnb study {study.typed}' again"
             )
+    report.write(study)
     folder, part = to / study.name, to / f".{study.name}"
     shutil.rmtree(part, ignore_errors=True)
     for path in (path for pattern in PARTS for path in sorted(study.outputs.glob(pattern)) if path.name not in LEFT):
