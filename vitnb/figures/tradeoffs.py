@@ -4,6 +4,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from vitnb import latency, variants
 from vitnb import summary as summaries
@@ -11,11 +12,11 @@ from vitnb.figures.style import MARKERS, palette, panels
 
 
 def _scatter(
-    points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str], front: bool, ends: tuple = ()
+    points: pd.DataFrame, x: str, y: str, labels: tuple[str, str, str], times: bool, ends: tuple = ()
 ) -> Figure:
-    """Variants as points with the interval of their top-1; the Pareto front, if asked, of low x and high y.
+    """Variants as points with the interval of their top-1, and the Pareto front of low x and high y. One panel a batch size.
 
-    ``ends``: columns of the interval of x. One panel a batch size.
+    ``times``: x is a time, and has a logarithmic axis; ``ends``: columns of the interval of x.
     """
     sizes = sorted(points.batch_size.unique())
     figure, axes = panels(len(sizes))
@@ -37,9 +38,14 @@ def _scatter(
             ax=axis,
             legend=False,
         )
-        if front:
-            best = summaries.pareto(panel, x, y)
-            axis.plot(best[x], best[y], "--", color="0.5", zorder=0)
+        best = summaries.pareto(panel, x, y)
+        axis.plot(best[x], best[y], "--", color="0.5", zorder=0)
+        if times:
+            axis.set_xscale("log")  # a tenth of the time is as far from the same as ten times of it
+            ticks = (1, 2, 5) if panel[x].max() > 5 * panel[x].min() else (1, 1.5, 2, 3, 5, 7)
+            axis.xaxis.set_major_locator(LogLocator(subs=ticks))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.2, y=0.25)
         axis.set(
             xlabel=labels[0], ylabel=labels[1], title=f"{labels[2]}, batch {size}" if len(sizes) > 1 else labels[2]
@@ -49,8 +55,8 @@ def _scatter(
         Line2D([], [], color=palette()[v], marker=MARKERS[a], linestyle="", markersize=9, label=v)
         for v, a in zip(shown.variant, shown.attention, strict=True)
     ]
-    line = [Line2D([], [], color="0.5", linestyle="--", label="Pareto front")] * front
-    figure.legend(handles=points_of + line, loc="outside right center", fontsize=9)
+    line = Line2D([], [], color="0.5", linestyle="--", label="Pareto front")
+    figure.legend(handles=[*points_of, line], loc="outside right center", fontsize=9)
     return figure
 
 
@@ -81,7 +87,7 @@ def _smallest_batch(summary: pd.DataFrame) -> pd.DataFrame:
 def accuracy_size(summary: pd.DataFrame) -> Figure:
     """Top-1 against the checkpoint's size, with the Pareto front."""
     return _scatter(
-        _smallest_batch(summary), "disk_mb", "top1", ("checkpoint on disk (MB)", "top-1", "Accuracy and size"), True
+        _smallest_batch(summary), "disk_mb", "top1", ("checkpoint on disk (MB)", "top-1", "Accuracy and size"), False
     )
 
 

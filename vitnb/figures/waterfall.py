@@ -47,7 +47,7 @@ def _bars(axis: Axes, panel: pd.DataFrame) -> None:
         axis.barh(y, end, color=COLOURS[word], height=0.72)
         axis.annotate(text, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5, **style)
     axis.set_yticks(range(len(panel)), [_label(row) for row in panel.itertuples()], fontsize=9)
-    axis.set(ylim=(len(panel) - 0.5, -0.5), xlim=(0, 1.9 * panel.p50_ms.max() if panel.p50_ms.notna().any() else 1))
+    axis.set(ylim=(len(panel) - 0.5, -0.5), xlim=(0, 2.2 * panel.p50_ms.max() if panel.p50_ms.notna().any() else 1))
     axis.grid(axis="y", visible=False)
     axis.grid(axis="x", alpha=0.4)
     axis.tick_params(axis="x", labelsize=8)
