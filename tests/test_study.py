@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
+from vitnb import report, studies
+
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = [
     f"figures/{name}.png"
@@ -239,6 +241,15 @@ def test_a_record_of_another_checkpoint_is_stale(done, mini_yaml):
     finally:
         path.write_text(kept)
         assert vitnb("report", str(mini_yaml), outputs=done.parent).returncode == 0
+
+
+def test_what_is_left_of_a_removed_plan_goes_with_the_next_report(done, mini_yaml, monkeypatch):
+    monkeypatch.setenv("VITNB_OUTPUTS", str(done.parent))
+    before = {path for path in done.rglob("*") if path.is_file()}
+    for name in ("plan-gone.csv", "figures/curve-plan-gone.png"):
+        (done / name).write_text("of a plan whose record was removed")
+    report.write(studies.load(str(mini_yaml)))
+    assert {path for path in done.rglob("*") if path.is_file()} == before
 
 
 def test_show_prints_where_a_number_came_from(done):

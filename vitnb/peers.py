@@ -6,6 +6,7 @@ model's logits before they are timed. timm and torchao are optional: a peer whos
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from vitnb import models, studies, variants, workers
 from vitnb.engines import Engine
 from vitnb.errors import VariantError, one_line
 
-CHECKED = 64  # images whose answers are compared before anything is compiled
+CHECKED = 64  # images at most whose answers are compared before anything is compiled
 
 # transformers' names (5.9 or newer, in memory) -> timm's, replaced in this order. q, k and v are one Linear in timm.
 NAMES = {
@@ -156,10 +157,14 @@ class Bench(workers.Bench):
         self.loaded.engine.model = torch.compile(peer, mode="reduce-overhead", dynamic=False)
 
     def _logits(self, size: int) -> torch.Tensor:
-        """Float32 [size, classes] on the CPU: a copy, as the next run of a CUDA graph overwrites the last one's output."""
+        """Float32 [images, classes] on the CPU: a copy, as the next run of a CUDA graph overwrites the last one's output.
+
+        No image twice: a batch that is larger than the split repeats them, and one with two equally likely classes is one.
+        """
         with self.loaded.running() as model:
             found = model(pixel_values=self._batch(size))
-            return getattr(found, "logits", found).float().cpu()
+        once = slice(None, None, math.ceil(size / len(self.split)))  # see ``data.first_batch``
+        return getattr(found, "logits", found)[once].float().cpu()
 
     def describe(self) -> dict:
         """How far its logits are from the plain model's, not compiled yet, and which packages it is made of."""

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import jinja2
@@ -133,10 +134,20 @@ def write(study: studies.Study) -> Path:
         _csv(study.outputs / "sensitivity.csv", effects)
     for record in planned:
         _csv(study.outputs / f"{record['name']}.csv", proof.trade_off(record["curve"], record["plan"]["uniform_bytes"]))
+    _keep_only(study.outputs.glob("plan-*.csv"), [record["name"] for record in planned])
+    pictures = {name.replace(" ", "-"): png for name, png in pictures.items()}
     for name, png in pictures.items():
-        records.write_whole(study.outputs / "figures" / f"{name.replace(' ', '-')}.png", png)
+        records.write_whole(study.outputs / "figures" / f"{name}.png", png)
+    _keep_only((study.outputs / "figures").glob("*.png"), pictures)
     records.write_whole(study.outputs / "report.html", html)
     return study.outputs / "report.html"
+
+
+def _keep_only(made: Iterable[Path], names: Container[str]) -> None:
+    """Remove what an earlier report made of a record that is gone."""
+    for path in made:
+        if path.stem not in names:
+            path.unlink()
 
 
 def _roofs(evaluated: list[dict]) -> dict[str, dict]:
