@@ -19,6 +19,7 @@ ON_GPU = ROOT / "outputs" / "published" / "vit-l16-garden"
 QLORA = ROOT / "outputs" / "published" / "vit-l16-qlora"
 PHOTOGRAPHS = ROOT / "outputs" / "published" / "vit-s14-flowers5"
 EARLIER = ROOT / "outputs" / "published" / "vit-s14-flowers5-earlier"
+TWO_GPUS = ROOT / "outputs" / "published" / "vit-s14-flowers5-two-gpus"
 ON_CPU = ROOT / "outputs" / "published" / "vit-s14-flowers5-cpu"
 README = (ROOT / "README.md").read_text()
 
@@ -243,6 +244,14 @@ def test_what_the_readme_says_of_photographs():
         f"{np.mean(seconds_alone):.0f} s each on"
     ) in README
     assert f"{np.mean(top1_alone):.3f} ± {np.std(top1_alone, ddof=1):.3f})" in README
+    shared = record("finetune", TWO_GPUS)
+    assert (shared["asked"]["processes"], shared["asked"]["seed"], trained["asked"]["processes"]) == (2, 0, 1)
+    assert shared["machine"]["code_sha256"] == trained["machine"]["code_sha256"]
+    (first,), peaks = shared["seeds"], [found["training"]["peak_bytes"] / 2**30 for found in (shared, trained)]
+    assert (
+        f"first seed ends at {first['valid_top1']:.3f} after {first['seconds']:.0f} s, with {peaks[0]:.1f} GiB at its peak on "
+        f"each instead of {peaks[1]:.1f} GiB"
+    ) in README
     answers = published("accuracy.csv", PHOTOGRAPHS).set_index("variant")
     assert f"{answers.kl['nf4-sdpa']:.4f} for uniform NF4, {answers.kl['int8-sdpa']:.5f} for int8" in README
     assert f"NF4 has {answers.top1['nf4-sdpa']:.3f} and fp32 {answers.top1['fp32-sdpa']:.3f}" in README
