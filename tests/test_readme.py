@@ -14,6 +14,7 @@ from vitnb import ablate, accuracy, claims, compare, depth, intervals, proof, st
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "outputs" / "published" / "embedded"
+WITHOUT_BF16 = ROOT / "outputs" / "published" / "embedded-without-bf16"
 INSTRUMENT = ROOT / "outputs" / "published" / "instrument"
 ON_GPU = ROOT / "outputs" / "published" / "vit-l16-garden"
 QLORA = ROOT / "outputs" / "published" / "vit-l16-qlora"
@@ -310,6 +311,17 @@ def test_what_the_readme_says_of_photographs_on_a_cpu():
 def test_single_numbers_in_the_readme():
     assert f"reaches {record('finetune')['floors']['probe']:.3f}" in README
     assert f"each of the {len(claims.ledger())} numbers" in README
+
+
+def test_what_the_readme_says_of_a_cpu_without_bf16():
+    turns = record("compare", WITHOUT_BF16)
+    assert turns["machine"]["dirty"] is False and turns["machine"]["cpu"].startswith("Intel(R) Xeon")
+    assert turns["machine"]["threads"] == 2 and turns["study_asked"]["name"] == "embedded"
+    ratio = compare.against(compare.ratios(turns)).query("batch_size == 16").set_index("variant").ratio
+    assert (
+        f"that lacks them 16 bits take {ratio['bf16-sdpa']:.2f} times\n  as long as fp32, and NF4 {ratio['nf4-sdpa']:.2f} times"
+        in README
+    )
 
 
 def test_the_comparison_tells_equal_from_different():

@@ -57,7 +57,7 @@ def _csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def _drawn(table, ratios, evaluated, finetuned, ablated, effects, planned, based, fallen) -> dict[str, Figure]:
-    """The figures of what there is, by name."""
+    """The figures of what there is, by the names of their files."""
     found = {}
     if evaluated:
         found = {
@@ -73,7 +73,7 @@ def _drawn(table, ratios, evaluated, finetuned, ablated, effects, planned, based
         found["effects"] = figures.layer_effects(effects)
     for record in planned:
         name = record["name"]
-        found |= {f"curve {name}": figures.plan_curve(record), f"map {name}": figures.linears_map(record)}
+        found |= {f"curve-{name}": figures.plan_curve(record), f"map-{name}": figures.linears_map(record)}
     if based:
         found["base"] = figures.pretraining_curve(based["history"])
     if fallen:
@@ -135,7 +135,6 @@ def write(study: studies.Study) -> Path:
     for record in planned:
         _csv(study.outputs / f"{record['name']}.csv", proof.trade_off(record["curve"], record["plan"]["uniform_bytes"]))
     _keep_only(study.outputs.glob("plan-*.csv"), [record["name"] for record in planned])
-    pictures = {name.replace(" ", "-"): png for name, png in pictures.items()}
     for name, png in pictures.items():
         records.write_whole(study.outputs / "figures" / f"{name}.png", png)
     _keep_only((study.outputs / "figures").glob("*.png"), pictures)
