@@ -2,19 +2,20 @@
 #
 # Every job takes all cores: a job that measures time never shares the machine with another. Priorities: what is compared comes
 # first, so that a run that is cut short has the main part.
-from vitnb import studies, variants
+from vitnb import variants
+from vitnb.study import ROOT, load_study
 
-study = studies.load(config.get("study", "embedded"))
+study = load_study(config.get("study", "embedded"))
 asked = config.get("study", "embedded")
 records = study.outputs / "records"
-source = asked if asked.endswith((".yaml", ".yml")) else studies.ROOT / "studies" / f"{asked}.yaml"
+source = asked if asked.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{asked}.yaml"
 
 
 base = [records / "pretrain.json"] if study.pretrain else []
 measured = [
     *base,
     records / "finetune.json",
-    *(records / f"evaluate-{variants.get(variant).file}.json" for variant in study.variants),
+    *(records / f"evaluate-{variants.parse(variant).file}.json" for variant in study.variants),
     records / "compare.json",
     records / "ablate.json",
     *(records / f"plan-{name}.json" for name in study.plans),
@@ -22,11 +23,11 @@ measured = [
     *[records / "waterfall.json"] * bool(study.waterfall),
 ]
 # A variant by its name in file names, and what makes its checkpoint.
-named = {variants.get(variant).file: variant for variant in study.variants}
+named = {variants.parse(variant).file: variant for variant in study.variants}
 
 
 def exported(variant):
-    plan = variants.get(variant).plan
+    plan = variants.parse(variant).plan
     return records / (f"plan-{plan}.json" if plan else "finetune.json")
 
 

@@ -12,7 +12,12 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitnb import bases, checkpoints, data, finetune, runner, studies, switchboard, training
+from vitnb import notebooks
+from vitnb.data.splits import load_split
+from vitnb.mixed_precision import switchable
+from vitnb.models import checkpoints, pretrained
+from vitnb.study import Study, load_study
+from vitnb.training import loop, lora
 
 CLASSES = ("circle", "cross", "ring", "square")
 
@@ -73,7 +78,7 @@ def write_base(folder: Path) -> None:
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict]:
     """What ``Walk.ask`` is asked from now on, in a list that grows; its question of this number kills the run."""
-    ask, asked = switchboard.Walk.ask, []
+    ask, asked = switchable.CachedEvaluator.ask, []
 
     def counted(walk, widths):
         asked.append(widths)
@@ -81,7 +86,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict]:
             raise KeyboardInterrupt
         return ask(walk, widths)
 
-    monkeypatch.setattr(switchboard.Walk, "ask", counted)
+    monkeypatch.setattr(switchable.CachedEvaluator, "ask", counted)
     return asked
 
 
@@ -109,22 +114,22 @@ def outputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def mini(mini_yaml, outputs) -> studies.Study:
+def mini(mini_yaml, outputs) -> Study:
     """The mini study, fine-tuned and exported (no records written)."""
-    study = studies.load(str(mini_yaml))
-    train, valid = data.split(study, "train"), data.split(study, "valid")
-    processor = checkpoints.processor(bases.find(study))
+    study = load_study(str(mini_yaml))
+    train, valid = load_split(study, "train"), load_split(study, "valid")
+    processor = checkpoints.load_processor(pretrained.find_base(study))
     torch.manual_seed(0)
-    model = finetune.with_adapters(study, train.class_names)
-    training.train(model, study, processor, train, valid)
-    finetune.export(model, study, processor, train.class_names)
+    model = lora.add_adapters(study, train.class_names)
+    loop.train(model, study, processor, train, valid)
+    lora.export_checkpoints(model, study, processor, train.class_names)
     return study
 
 
 @pytest.fixture
 def shapes(mini):
     """The mini study's images to train and to choose by, and its preprocessing."""
-    return data.split(mini, "train"), data.split(mini, "valid"), checkpoints.processor(bases.find(mini))
+    return load_split(mini, "train"), load_split(mini, "valid"), checkpoints.load_processor(pretrained.find_base(mini))
 
 
 @pytest.fixture
@@ -132,7 +137,7 @@ def run_cells() -> Callable[..., None]:
     """Runs a notebook's code, cell by cell, in this process, with some parameters."""
 
     def run(name: str, **parameters) -> None:
-        namespace, found = dict(parameters), json.loads((runner.FOLDER / f"{name}.ipynb").read_text())["cells"]
+        namespace, found = dict(parameters), json.loads((notebooks.FOLDER / f"{name}.ipynb").read_text())["cells"]
         with plt.ioff():
             for cell in found:
                 if cell["cell_type"] == "code":

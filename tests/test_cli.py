@@ -9,8 +9,9 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from vitnb import cli, records, runner, studies
+from vitnb import cli, devices, notebooks
 from vitnb.errors import UserError
+from vitnb.study import load_study, study_names
 
 
 @pytest.fixture
@@ -63,11 +64,11 @@ def test_right_parameters_arrive_with_their_types(kernels, outputs):
 
 
 def test_numbers_as_people_write_them():
-    assert runner._typed("lr", "1e-3", "float") == 0.001 and runner._typed("lr", "2", "float") == 2.0
-    assert runner._typed("name", "007", "str") == "007" and runner._typed("on", "false", "bool") is False
+    assert notebooks._typed("lr", "1e-3", "float") == 0.001 and notebooks._typed("lr", "2", "float") == 2.0
+    assert notebooks._typed("name", "007", "str") == "007" and notebooks._typed("on", "false", "bool") is False
     for text, kind in (("x", "float"), ("true", "float"), ("", "int"), ("yes please", "bool")):
         with pytest.raises(UserError, match="must be"):
-            runner._typed("it", text, kind)
+            notebooks._typed("it", text, kind)
 
 
 def test_a_study_that_needs_a_gpu(capsys, kernels, monkeypatch):
@@ -78,8 +79,8 @@ def test_a_study_that_needs_a_gpu(capsys, kernels, monkeypatch):
 
 
 def test_missing_images_say_where_they_come_from(capsys, monkeypatch):
-    monkeypatch.setattr(records, "check_machine", lambda study: None)
-    monkeypatch.setattr("vitnb.bases.find", lambda study: "base")
+    monkeypatch.setattr(devices, "check_requirements", lambda study: None)
+    monkeypatch.setattr("vitnb.models.pretrained.find_base", lambda study: "base")
     line = refused(capsys, "study", "flowers102")
     assert "data/flowers-102" in line and "python -m vitnb download flowers-102" in line
 
@@ -191,22 +192,22 @@ def test_a_study_file_that_is_a_list_or_lacks_a_field(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("- 1\n")
     with pytest.raises(UserError, match="a study is a mapping"):
-        studies.load(str(path))
+        load_study(str(path))
     path.write_text("title: x\n")
     with pytest.raises(UserError, match=r"mine\.yaml: lacks question, data$"):
-        studies.load(str(path))
+        load_study(str(path))
     path.write_bytes(b"title: \xff\n")
     with pytest.raises(UserError, match="not valid YAML"):
-        studies.load(str(path))
+        load_study(str(path))
 
 
 def test_numbers_in_a_study_file_as_people_write_them(tmp_path, mini_yaml):
     path = tmp_path / "mine.yaml"
     path.write_text(mini_yaml.read_text().replace("learning_rate: 0.003", "learning_rate: 3e-3"))
-    assert studies.load(str(path)).finetune.learning_rate == 0.003
+    assert load_study(str(path)).finetune.learning_rate == 0.003
 
 
 def test_shipped_studies_load():
-    assert set(studies.names()) >= {"embedded", "flowers102"}
-    for name in studies.names():
-        assert studies.load(name).name == name
+    assert set(study_names()) >= {"embedded", "flowers102"}
+    for name in study_names():
+        assert load_study(name).name == name

@@ -15,7 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from vitnb import bases, checkpoints, cli, data, quantize, runner, studies
+from vitnb import cli, notebooks
+from vitnb.data.splits import load_split
+from vitnb.models import checkpoints, pretrained, quantization
+from vitnb.study import load_study
 
 NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +32,7 @@ TYPED_BY_USERS = {
 
 
 def cells(name: str) -> list:
-    return nbformat.read(runner.FOLDER / f"{name}.ipynb", 4).cells
+    return nbformat.read(notebooks.FOLDER / f"{name}.ipynb", 4).cells
 
 
 def code(name: str) -> list:
@@ -38,10 +41,10 @@ def code(name: str) -> list:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_typed_and_explained(name):
-    known = papermill.inspect_notebook(str(runner.FOLDER / f"{name}.ipynb"))
+    known = papermill.inspect_notebook(str(notebooks.FOLDER / f"{name}.ipynb"))
     assert TYPED_BY_USERS[name] <= set(known)
     for parameter, about in known.items():
-        assert about["inferred_type_name"] in runner.TYPES and len(about["help"]) > 5, parameter
+        assert about["inferred_type_name"] in notebooks.TYPES and len(about["help"]) > 5, parameter
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +90,7 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     parameters = {"study": str(mini_yaml), "variant": "nf4-fa2"}
     papermill.execute_notebook(
-        str(runner.FOLDER / "evaluate.ipynb"), "out.ipynb", parameters, kernel_name="python3", progress_bar=False
+        str(notebooks.FOLDER / "evaluate.ipynb"), "out.ipynb", parameters, kernel_name="python3", progress_bar=False
     )
     two = json.loads(path.read_text())
     assert one.keys() == two.keys()
@@ -102,7 +105,7 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
         "versions",
     ):
         assert one[key] == two[key], key
-    assert one["predictions"]["labels"] == data.split(mini, "test").labels, "scored on the images that chose nothing"
+    assert one["predictions"]["labels"] == load_split(mini, "test").labels, "scored on the images that chose nothing"
     assert [t["batch_size"] for t in one["timings"]] == [t["batch_size"] for t in two["timings"]]
 
 
@@ -127,16 +130,16 @@ def test_a_variant_that_fails_keeps_its_row(mini, mini_yaml, tmp_path, monkeypat
 
 def test_a_random_head_fails_the_checked_cells(tmp_path):
     """The guard works: the stored outputs of evaluate, against a model that has not learned its classes."""
-    study = studies.load("embedded")
+    study = load_study("embedded")
     names = sorted(path.name for path in (ROOT / "data" / "garden" / "train").iterdir())
     torch.manual_seed(0)
     folder = tmp_path / "embedded" / "checkpoints"
-    bases.load(study, names).save_pretrained(folder / "merged")
-    settings = quantize.config("nf4", ["classifier"])
+    pretrained.load_base(study, names).save_pretrained(folder / "merged")
+    settings = quantization.bnb_config("nf4", ["classifier"])
     AutoModelForImageClassification.from_pretrained(
         folder / "merged", dtype=torch.bfloat16, quantization_config=settings
     ).save_pretrained(folder / "nf4")
-    checkpoints.processor(bases.find(study)).save_pretrained(folder / "nf4")
+    checkpoints.load_processor(pretrained.find_base(study)).save_pretrained(folder / "nf4")
     words = [
         "-m",
         "pytest",

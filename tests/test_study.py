@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
-from vitnb import report, studies
+from vitnb.report.page import write_report
+from vitnb.study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = [
@@ -248,7 +249,7 @@ def test_what_is_left_of_a_removed_plan_goes_with_the_next_report(done, mini_yam
     before = {path for path in done.rglob("*") if path.is_file()}
     for name in ("plan-gone.csv", "figures/curve-plan-gone.png"):
         (done / name).write_text("of a plan whose record was removed")
-    report.write(studies.load(str(mini_yaml)))
+    write_report(load_study(str(mini_yaml)))
     assert {path for path in done.rglob("*") if path.is_file()} == before
 
 

@@ -9,21 +9,41 @@ import ctypes
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 # Read by the OpenMP runtime when torch is imported. By default its threads spin for milliseconds after each operator, and single
 # forwards on a shared machine take seconds; if they sleep at once, a small model spends its time waking them up. So they spin for
 # some ten microseconds and then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 # The profiler announces every start and stop on standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 # Progress bars of the libraries end up as carriage returns in stored notebooks.
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 # bitsandbytes says this once for every int8 layer and forward; vitnb records the compute dtype instead.
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+
+
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -42,4 +62,21 @@ def _keep_memory() -> None:
 
 _keep_memory()
 
+
 __version__ = "0.1.0"
+
+
+def lazy_modules(room: str) -> Callable[[str], ModuleType]:
+    """Return a module ``__getattr__`` that imports a room's modules when they are used.
+
+    A notebook then says ``measure.latency.time_batch_sizes`` and loads no module that it
+    does not use (PEP 562).
+    """
+
+    def get(name: str) -> ModuleType:
+        if name.startswith("_") or find_spec(f"{room}.{name}") is None:
+            raise AttributeError(f"module '{room}' has no attribute '{name}'")
+        return import_module(f"{room}.{name}")
+
+    return get
+

@@ -1,3 +1,7 @@
+"""TODO."""
+
+
+
 from vitnb.cli import main
 
 raise SystemExit(main())

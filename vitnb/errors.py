@@ -12,7 +12,7 @@ class VariantError(Exception):
     """A variant cannot run here, or did not run what its name says. Its row stays in the table with this reason."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return a hint for a mistyped name: the nearest known one, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

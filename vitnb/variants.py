@@ -6,16 +6,25 @@ in 16 bits, and PyTorch's own choice of attention is often a flash kernel alread
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from vitnb.errors import UserError, nearest
+from vitnb.errors import UserError, suggest
 
 # How the weights of the Linear layers are held -> the checkpoint that they are loaded from.
 CHECKPOINTS = {"fp32": "merged", "bf16": "merged", "nf4": "nf4", "int8": "int8", "w8a8": "int8", "fp8": "merged"}
+
+
 ATTENTIONS = ("sdpa", "math", "fa2", "eager", "mem-efficient", "flash", "cudnn")
+
+
 ENGINES = ("eager", "graph", "compile", "fused")
+
+
 PLAN = "plan:"  # begins the weights that a plan describes
+
+
 PLAN_NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.]*")
 
 
@@ -63,28 +72,65 @@ class Variant:
 
 
 BASELINE = "fp32-sdpa"
+
+
 CONTROL = "bf16-sdpa"  # what computing in 16 bits does by itself: quantized variants compute so
+
+
 # What the source study ran, and the controls.
-SOURCE = ["fp32-sdpa", "bf16-sdpa", "fp32-math", "nf4-sdpa", "nf4-fa2", "int8-sdpa", "int8-fa2"]
-
-_EVERY = {v.name: v for v in (Variant(*choice) for choice in product(CHECKPOINTS, ATTENTIONS, ENGINES))}
-# Every variant there is, in the order of tables and figures: the source study's, then weights by weights.
-REGISTRY = {name: _EVERY[name] for name in (*SOURCE, *_EVERY)}
+SOURCE_STUDY = ["fp32-sdpa", "bf16-sdpa", "fp32-math", "nf4-sdpa", "nf4-fa2", "int8-sdpa", "int8-fa2"]
 
 
-def get(name: str) -> Variant:
+
+
+def parse(name: str) -> Variant:
     """Return the variant called ``name``; raises UserError with the nearest right name.
 
-    A plan's variant enters the registry when it is first named, after all others: which plans there are is for the studies to say.
+    A plan's variant needs no plan yet: a study says which plans there are.
     """
-    if name not in REGISTRY and str(name).startswith(PLAN):
-        plan, _, rest = name.removeprefix(PLAN).partition("-")
-        like = _EVERY.get(f"nf4-{rest}")
-        if not like or not PLAN_NAME.fullmatch(plan):
+    weights, _, rest = str(name).partition("-")
+    if weights.startswith(PLAN):
+        choice = _split(rest)
+        if choice is None or not PLAN_NAME.fullmatch(weights.removeprefix(PLAN)):
             raise UserError(
-                f"unknown variant '{name}': a plan's is plan:NAME-attention or plan:NAME-attention-engine, such as plan:NAME-sdpa"
+                f"unknown variant '{name}': a plan's is plan:NAME-attention or "
+                "plan:NAME-attention-engine, such as plan:NAME-sdpa"
             )
-        REGISTRY[name] = Variant(PLAN + plan, like.attention, like.engine)
-    if name not in REGISTRY:
-        raise UserError(f"unknown variant '{name}': {nearest(name, REGISTRY)}")
-    return REGISTRY[name]
+        return Variant(weights, *choice)
+    choice = _split(rest)
+    if weights not in CHECKPOINTS or choice is None:
+        every = sorted(every_variant(), key=sort_key)
+        raise UserError(f"unknown variant '{name}': {suggest(name, [v.name for v in every])}")
+    return Variant(weights, *choice)
+
+
+def _split(rest: str) -> tuple[str, str] | None:
+    """Split ``attention`` or ``attention-engine``; None where either is unknown.
+
+    Names of attentions hold dashes themselves, and ``-eager`` is never written out.
+    """
+    for engine in ENGINES:
+        attention = rest if engine == "eager" else rest.removesuffix(f"-{engine}")
+        if attention in ATTENTIONS and (engine == "eager" or attention != rest):
+            return attention, engine
+    return None
+
+
+def every_variant() -> list[Variant]:
+    """Return every variant but those of plans."""
+    return [Variant(*choice) for choice in product(CHECKPOINTS, ATTENTIONS, ENGINES)]
+
+
+def sort_key(variant: Variant) -> tuple:
+    """Order variants in tables and figures: the source study's, then weights by weights, then plans by name."""
+    if variant.name in SOURCE_STUDY:
+        return 0, SOURCE_STUDY.index(variant.name)
+    choice = ATTENTIONS.index(variant.attention), ENGINES.index(variant.engine)
+    if variant.plan:
+        return 2, variant.plan, *choice
+    return 1, list(CHECKPOINTS).index(variant.weights), *choice
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Sort names of variants by ``sort_key``."""
+    return sorted(names, key=lambda name: sort_key(parse(name)))

@@ -15,7 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.instrument_gpu import untrained
-from vitnb import compare, roofline, studies
+from vitnb.measure import comparison, roofline
+from vitnb.study import PEERS, ROOT
 
 SETTINGS = """
 variants: [{variants}]
@@ -52,20 +53,20 @@ def bars(times: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "engines")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "published" / "engines")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
-    parser.add_argument("--peers", nargs="*", default=list(studies.PEERS))
+    parser.add_argument("--peers", nargs="*", default=list(PEERS))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         settings = SETTINGS.format(variants=", ".join(asked.variants), peers=", ".join(asked.peers))
         study = untrained(Path(folder), settings)
-        compare.run(study)
+        comparison.compare_study(study)
         for name in ("ratios.csv", "times.csv", "records/compare.json"):
             shutil.copy(study.outputs / name, asked.out)
     table = bars(pd.read_csv(asked.out / "times.csv"))
     table.to_csv(asked.out / "bars.csv", index=False, lineterminator="\n")
-    peaks = roofline.peaks(torch.device("cuda"), torch.bfloat16)
+    peaks = roofline.measure_peaks(torch.device("cuda"), torch.bfloat16)
     print(pd.read_csv(asked.out / "times.csv").pivot(index="variant", columns="batch_size", values="p50_ms").round(3))
     print(table.round(3).to_string(index=False))
     print({name: round(value, 1) for name, value in peaks.items()})

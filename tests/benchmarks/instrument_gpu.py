@@ -23,7 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import write_shapes
 
 from benchmarks import turns
-from vitnb import checkpoints, data, finetune, kernels, latency, machine, models, records, studies, taxonomy, variants
+from vitnb import variants
+from vitnb.analysis import kernel_classes, performance
+from vitnb.data import dataset
+from vitnb.data.splits import load_split
+from vitnb.measure import latency, profiler
+from vitnb.models import checkpoints, loader
+from vitnb.records import machine
+from vitnb.records.files import write_file
+from vitnb.study import ROOT, Study, load_study
+from vitnb.training import lora
 
 STUDY = """
 title: ViT-L/16 with random weights
@@ -35,7 +44,7 @@ LEAD, FORWARDS = 2, 7  # of a turn: forwards that are not counted, and that are
 SAME = 30  # forwards that both instruments time at once
 
 
-def untrained(folder: Path, settings: str = "") -> studies.Study:
+def untrained(folder: Path, settings: str = "") -> Study:
     """A study of a ViT-L/16 with random weights whose exports are written without any training; ``settings``: more of its YAML."""
     write_shapes(folder / "shapes", {"train": 2, "valid": 2, "test": 40})
     torch.manual_seed(0)
@@ -43,9 +52,9 @@ def untrained(folder: Path, settings: str = "") -> studies.Study:
     ViTForImageClassification(config).save_pretrained(folder / "base")
     ViTImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(folder / "base")
     (folder / "random-l16.yaml").write_text(STUDY.format(folder=folder) + settings)
-    study = studies.load(str(folder / "random-l16.yaml"))
-    names = data.split(study, "train").class_names
-    finetune.export(finetune.with_adapters(study, names), study, checkpoints.processor(folder / "base"), names)
+    study = load_study(str(folder / "random-l16.yaml"))
+    names = load_split(study, "train").class_names
+    lora.export_checkpoints(lora.add_adapters(study, names), study, checkpoints.load_processor(folder / "base"), names)
     return study
 
 
@@ -69,13 +78,13 @@ def beside_do_bench(loaded, pixels, seconds: float) -> tuple[dict, pd.DataFrame]
     """
     from triton.testing import do_bench
 
-    cold = latency.cold_buffer(loaded.device)
-    with loaded.running() as model, no_garbage_collection():
+    cold = latency.cache_flush_buffer(loaded.device)
+    with loaded.inference() as model, no_garbage_collection():
 
         def ours() -> float:
-            return np.median(latency.on_device(loaded, model, pixels, LEAD + FORWARDS, cold)[LEAD:])
+            return np.median(latency.time_device(loaded, model, pixels, LEAD + FORWARDS, cold)[LEAD:])
 
-        latency.warm_up(lambda: latency.on_host(loaded, model, pixels))
+        latency.warm_up(lambda: latency.time_host(loaded, model, pixels))
         ours()
         begin = time.perf_counter()
         ours()
@@ -104,10 +113,10 @@ def same_forwards(loaded, pixels) -> dict[str, float]:
     from triton.testing import do_bench
 
     ours = []
-    with loaded.running() as model, no_garbage_collection():
-        each = np.median([latency.on_host(loaded, model, pixels) for _ in range(FORWARDS)])
+    with loaded.inference() as model, no_garbage_collection():
+        each = np.median([latency.time_host(loaded, model, pixels) for _ in range(FORWARDS)])
         theirs = do_bench(
-            lambda: ours.extend(latency.on_device(loaded, model, pixels, 1)),
+            lambda: ours.extend(latency.time_device(loaded, model, pixels, 1)),
             warmup=(LEAD + 0.5) * each, rep=(SAME + 0.5) * each, return_mode="all",
         )  # fmt: skip
     return {"same_forwards": float(np.median(ours[-len(theirs) :]) / np.median(theirs)), "forwards": len(theirs)}
@@ -115,32 +124,32 @@ def same_forwards(loaded, pixels) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "instrument")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "published" / "instrument")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--variants", nargs="+", default=variants.SOURCE)
+    parser.add_argument("--variants", nargs="+", default=variants.SOURCE_STUDY)
     parser.add_argument("--seconds", type=float, default=20.0, help="the most that a row's turns take")
     asked = parser.parse_args()
-    rows, raw, about = [], [], machine.machine()
+    rows, raw, about = [], [], machine.describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         study = untrained(Path(folder))
         for name in asked.variants:
-            loaded = models.load(study, variants.get(name))
+            loaded = loader.load_variant(study, variants.parse(name))
             for size in asked.batch_sizes:
-                pixels = loaded.to_input(data.first_batch(data.split(study, "test"), loaded.processor, size))
+                pixels = loaded.prepare(dataset.first_batch(load_split(study, "test"), loaded.processor, size))
                 beside, rounds = beside_do_bench(loaded, pixels, asked.seconds)
-                trace = kernels.trace(loaded, pixels)
+                trace = profiler.profile_forward(loaded, pixels)
                 row = {
                     "variant": name, "batch_size": size, **beside, **same_forwards(loaded, pixels),
                     "kernels_and_gaps_ms": trace["busy_ms"] + trace["idle_ms"], "latency_ms": trace["latency_ms"],
                     "timeline_ratio": (trace["busy_ms"] + trace["idle_ms"]) / trace["latency_ms"],
                     "idle_share": trace["idle_ms"] / trace["latency_ms"], "kernels_ms": trace["total_ms"],
-                    "unclassified": kernels.by_class(trace)["other"] / trace["total_ms"], "launches": trace["launches"],
+                    "unclassified": performance.time_by_class(trace)["other"] / trace["total_ms"], "launches": trace["launches"],
                     "attention_ran": trace["attention_ran"],
                 }  # fmt: skip
                 rows.append(row)
                 raw.append(rounds.assign(variant=name, batch_size=size))
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-                others = [n for n in trace["operators_ms"] if taxonomy.classify([n]) == "other"]
+                others = [n for n in trace["operators_ms"] if kernel_classes.classify([n]) == "other"]
                 table = pd.DataFrame(rows).assign(
                     device=about["gpu"],
                     driver=about["driver"],
@@ -149,7 +158,7 @@ def main() -> None:
                     code_sha256=about["code_sha256"],
                 )
                 for path, kept in (("gpu.csv", table), ("rounds.csv", pd.concat(raw))):
-                    records.write_whole(asked.out / path, kept.to_csv(index=False, lineterminator="\n"))
+                    write_file(asked.out / path, kept.to_csv(index=False, lineterminator="\n"))
                 print("  unclassified by name alone:", others[:8], flush=True)
             del loaded
             torch.cuda.empty_cache()

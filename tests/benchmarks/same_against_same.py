@@ -19,32 +19,37 @@ import pandas as pd
 import torch
 from slower import EXTRA, Slower
 
-from vitnb import compare, intervals, machine, records, studies, turns
-from vitnb.workers import Bench, Worker
+from vitnb import statistics
+from vitnb.analysis.comparison import pair_ratio
+from vitnb.measure import comparison
+from vitnb.measure.worker import VariantServer, WorkerProcess
+from vitnb.records import machine
+from vitnb.records.files import write_file
+from vitnb.study import ROOT, Compare, Study, load_study
 
 VARIANT, BATCH_SIZE, PROCESSES = "fp32-sdpa", 1, 3
-BUDGET = studies.Compare(rounds=220, seconds=1e9, forwards=1)
+BUDGET = Compare(rounds=220, seconds=1e9, forwards=1)
 PAIRS_A_LAUNCH = 20
 
 
-def launch(study: studies.Study, other: type, seed: int) -> list[dict]:
+def launch(study: Study, other: type, seed: int) -> list[dict]:
     """Twenty comparisons of one variant: plain processes against others that run ``other``."""
     with ExitStack() as stack:
         workers = {
-            name: [stack.enter_context(Worker(study, VARIANT, "cpu", bench)) for _ in range(PROCESSES)]
-            for name, bench in (("plain", Bench), ("other", other))
+            name: [stack.enter_context(WorkerProcess(study, VARIANT, "cpu", bench)) for _ in range(PROCESSES)]
+            for name, bench in (("plain", VariantServer), ("other", other))
         }
-        turns.warm_up(workers, BATCH_SIZE)
+        comparison.warm_up_workers(workers, BATCH_SIZE)
         rows = []
         for pair in range(PAIRS_A_LAUNCH):
-            blocks = turns.take(workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair)
-            found = compare.pair(blocks["other"], blocks["plain"])
+            blocks = comparison.time_interleaved(workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair)
+            found = pair_ratio(blocks["other"], blocks["plain"])
             rows.append({"launch": seed, "pair": pair, "rounds": found.samples, "ratio": found.ratio, "low": found.low,
                          "high": found.high, "p": found.p, "different": found.different})  # fmt: skip
     return rows
 
 
-def share(study: studies.Study, launches: list[int], same: int, out: Path, minutes: float) -> None:
+def share(study: Study, launches: list[int], same: int, out: Path, minutes: float) -> None:
     """Run some launches, the first ``same`` of all of which compare the variant with itself; one CSV each.
 
     None is started that would not end within ``minutes`` if it took as long as the longest so far.
@@ -54,9 +59,9 @@ def share(study: studies.Study, launches: list[int], same: int, out: Path, minut
         begin = time.monotonic()
         if begin - start + longest > 60 * minutes:
             return
-        kind, other = ("same", Bench) if number < same else ("slower", Slower)
+        kind, other = ("same", VariantServer) if number < same else ("slower", Slower)
         table = pd.DataFrame(launch(study, other, number))
-        records.write_whole(out / f"{kind}-{number:03d}.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_file(out / f"{kind}-{number:03d}.csv", table.to_csv(index=False, lineterminator="\n"))
         print(
             f"{kind} {number}: {table.different.sum()} of {len(table)} called different, {table.ratio.median():.4f}",
             flush=True,
@@ -66,14 +71,14 @@ def share(study: studies.Study, launches: list[int], same: int, out: Path, minut
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=studies.ROOT / "outputs" / "published" / "instrument")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "published" / "instrument")
     parser.add_argument("--pairs", type=int, nargs=2, default=(200, 100), metavar=("SAME", "SLOWER"))
     parser.add_argument("--cores", nargs="+", default=["0,1"], help="sets of cores, such as 0,1 2,3")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no launch that would end after that")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which set of cores this process is
     parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    study, about = studies.load("embedded"), machine.machine()
+    study, about = load_study("embedded"), machine.describe_machine()
     same, slower = (count // PAIRS_A_LAUNCH for count in asked.pairs)
     if asked.share is not None:
         os.sched_setaffinity(0, {int(core) for core in asked.cores[asked.share].split(",")})
@@ -91,9 +96,9 @@ def main() -> None:
             table = table.assign(
                 variant=VARIANT, batch_size=BATCH_SIZE, processes=PROCESSES, threads=len(asked.cores[0].split(",")),
                 extra=EXTRA * (kind == "slower"),
-                level=intervals.PAIR_LEVEL, device=about["cpu"], commit=about["commit"], torch=torch.__version__,
+                level=statistics.PAIR_LEVEL, device=about["cpu"], commit=about["commit"], torch=torch.__version__,
             )  # fmt: skip
-            records.write_whole(asked.out / f"{kind}.csv", table.to_csv(index=False, lineterminator="\n"))
+            write_file(asked.out / f"{kind}.csv", table.to_csv(index=False, lineterminator="\n"))
             print(
                 f"{kind}: {table.different.sum()} of {len(table)} called different, median ratio {table.ratio.median():.4f}"
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from vitnb import intervals
+from vitnb import statistics
 
 FEWEST = 12  # rounds
 # Half of an interval. What is to be known within 0.3% has to look better than that, as looking decides when to stop.
@@ -36,7 +36,7 @@ def ratio(a, b) -> Ratio:
     """The exponential of the median of log(a/b): times of the same rounds, [rounds] each."""
     logs = np.log(np.asarray(a, dtype=float)) - np.log(np.asarray(b, dtype=float))
     return Ratio(
-        *np.exp([np.median(logs), *intervals.bootstrap(logs, lambda drawn: np.median(drawn, axis=-1))]).tolist()
+        *np.exp([np.median(logs), *statistics.bootstrap(logs, lambda drawn: np.median(drawn, axis=-1))]).tolist()
     )
 
 

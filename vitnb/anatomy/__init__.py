@@ -5,9 +5,11 @@ model: nothing is typed in. ``answers`` is about what a model is said to know, `
 noisy numbers, ``clocks`` and ``traces`` about time, ``sizes`` about bytes, and ``conduct`` about what nobody noticed.
 """
 
-from vitnb.anatomy import answers, choices, clocks, conduct, figures, sizes, traces
+
+
+from vitnb.anatomy import answers, choices, clocks, conduct, sizes, traces
 from vitnb.anatomy.bench import Bench
-from vitnb.anatomy.case import Case, lines, styled, table
+from vitnb.anatomy.case import Case
 
 # The number of each defect -> the function that reproduces it: takes a Bench, returns a Case.
 CASES = {

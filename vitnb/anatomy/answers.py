@@ -11,10 +11,11 @@ from PIL import Image
 from torch import nn
 from transformers import AutoConfig
 
-from vitnb import data, finetune
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
-from vitnb.blocks import layers
+from vitnb.data import dataset
+from vitnb.models.layers import transformer_blocks
+from vitnb.training import lora
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -36,7 +37,7 @@ def preprocessing(bench: Bench) -> Case:
     cropped = [center_crop(image, own.size["height"]) for image in images]
     ways = {
         "the checkpoint's own": bench.test.pixels,
-        "another crop": data.to_pixels(cropped, own),
+        "another crop": dataset.to_pixels(cropped, own),
         "another mean and std": own(images, return_tensors="pt", **IMAGENET)["pixel_values"],
         "both": own(cropped, return_tensors="pt", **IMAGENET)["pixel_values"],
     }
@@ -67,7 +68,7 @@ def _curve(bench: Bench, modules_to_save: list[str] | None, epochs: int) -> tupl
             optimizer.step()
         with torch.inference_mode():
             curve.append(float((model(tested).argmax(-1).numpy() == bench.test.labels).mean()))
-    return curve, finetune.trained(model)["head"]
+    return curve, lora.count_trained(model)["head"]
 
 
 def frozen_head(bench: Bench, epochs: int = 6) -> Case:
@@ -93,7 +94,7 @@ def loose_loading(bench: Bench) -> Case:
     ``extra`` holds the share of the weights that kept random values, strict loading's message, and the golden logits.
     """
     weights = bench.model.state_dict()
-    blocks = layers(bench.model)[0].rpartition(".")[0]
+    blocks = transformer_blocks(bench.model)[0].rpartition(".")[0]
     foreign = {name.replace(f"{blocks}.", "blocks."): value for name, value in weights.items()}
     torch.manual_seed(bench.seed)
     strict = type(bench.model)(bench.model.config).to(bench.device).eval()

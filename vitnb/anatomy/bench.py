@@ -18,7 +18,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from vitnb import bases, checkpoints, data, models, quantize, studies, variants
+from vitnb import devices, variants
+from vitnb.data import dataset
+from vitnb.data.images import read_image
+from vitnb.data.splits import SPLITS, Split, load_split
+from vitnb.models import checkpoints, layers, loader, pretrained, quantization
+from vitnb.study import Study, load_study
 
 BATCH_SIZE = 128
 
@@ -27,7 +32,7 @@ BATCH_SIZE = 128
 class Pictures:
     """One split (or evenly spread images of it), as files, as pictures, and as the model wants them."""
 
-    split: data.Split
+    split: Split
     processor: object
     count: int
 
@@ -43,12 +48,12 @@ class Pictures:
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        return [data.read(self.split.paths[i]) for i in self.chosen]
+        return [read_image(self.split.paths[i]) for i in self.chosen]
 
     @cached_property
     def pixels(self) -> torch.Tensor:
         """float32 [images, 3, height, width], resized and normalized as the model was trained."""
-        return data.to_pixels(self.images, self.processor)
+        return dataset.to_pixels(self.images, self.processor)
 
 
 @dataclass(eq=False)
@@ -59,7 +64,7 @@ class Bench:
     seconds: how long one comparison of times may take.
     """
 
-    study: studies.Study
+    study: Study
     seed: int = 0
     test_images: int = 510
     seconds: float = 2.0
@@ -67,31 +72,31 @@ class Bench:
     @classmethod
     def of(cls, study: str, seed: int | None = None, **options) -> "Bench":
         """The bench of a study by its name or YAML path; without a seed, with the study's own."""
-        loaded = studies.load(study)
+        loaded = load_study(study)
         return cls(loaded, loaded.seed if seed is None else seed, **options)
 
     @cached_property
     def device(self) -> torch.device:
-        return models.device()
+        return devices.select_device()
 
     @cached_property
     def processor(self):
         """The preprocessing that the base was trained with."""
-        return checkpoints.processor(bases.find(self.study))
+        return checkpoints.load_processor(pretrained.find_base(self.study))
 
     @cached_property
     def train(self) -> Pictures:
-        whole = data.split(self.study, "train")
+        whole = load_split(self.study, "train")
         return Pictures(whole, self.processor, len(whole))
 
     @cached_property
     def valid(self) -> Pictures:
-        whole = data.split(self.study, "valid")
+        whole = load_split(self.study, "valid")
         return Pictures(whole, self.processor, len(whole))
 
     @cached_property
     def test(self) -> Pictures:
-        return Pictures(data.split(self.study, "test"), self.processor, self.test_images)
+        return Pictures(load_split(self.study, "test"), self.processor, self.test_images)
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -100,11 +105,11 @@ class Bench:
     @cached_property
     def _base(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return bases.load(self.study, self.class_names).eval()
+        return pretrained.load_base(self.study, self.class_names).eval()
 
     def _features(self, pictures: Pictures) -> np.ndarray:
         found = []
-        head = self._base.get_submodule(quantize.head(self._base))
+        head = self._base.get_submodule(layers.head_name(self._base))
         hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float().cpu()))
         self.logits(pictures.pixels, self._base)
         hook.remove()
@@ -113,7 +118,7 @@ class Bench:
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
         """What the frozen base hands to its head for ``train``, ``valid`` and ``test``: float64 [images, width] each."""
-        return {name: self._features(getattr(self, name)) for name in data.SPLITS}
+        return {name: self._features(getattr(self, name)) for name in SPLITS}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -125,7 +130,7 @@ class Bench:
         two = len(fitted.coef_) == 1
         rows = np.vstack([0 * fitted.coef_, fitted.coef_]) if two else fitted.coef_
         offsets = np.append(0, fitted.intercept_) if two else fitted.intercept_
-        head = self._base.get_submodule(quantize.head(self._base))
+        head = self._base.get_submodule(layers.head_name(self._base))
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(rows / scale))
             head.bias.copy_(torch.from_numpy(offsets - rows @ (mean / scale)))
@@ -152,8 +157,8 @@ class Bench:
         self.model.save_pretrained(folders["fp32"])
         self.model.set_attn_implementation("vitnb-sdpa")
         for weights in ("nf4", "int8"):
-            small = _quantized(folders["fp32"], weights, quantize.keep(self.model), self.device)
-            quantize.forbid_packing(small).save_pretrained(folders[weights])
+            small = _quantized(folders["fp32"], weights, quantization.modules_to_skip(self.model), self.device)
+            quantization.disable_cpu_packing(small).save_pretrained(folders[weights])
         for folder in folders.values():
             self.processor.save_pretrained(folder)
         return folders
@@ -162,14 +167,14 @@ class Bench:
         """The fitted model, loaded as NF4 with the modules ``kept`` left in 16 bits. The list is not checked."""
         return _quantized(self.exports["fp32"], "nf4", kept, self.device)
 
-    def loaded(self, variant: str) -> models.Loaded:
+    def loaded(self, variant: str) -> loader.LoadedVariant:
         """A variant of the exports by its name, ready to run."""
-        chosen = variants.get(variant)
-        return models.load(self.study, chosen, self.exports[chosen.weights if chosen.quantized else "fp32"])
+        chosen = variants.parse(variant)
+        return loader.load_variant(self.study, chosen, self.exports[chosen.weights if chosen.quantized else "fp32"])
 
 
 def _quantized(folder: Path, weights: str, kept: list[str], on: torch.device) -> nn.Module:
-    half = models.half(on)
+    half = devices.compute_dtype(on)
     return AutoModelForImageClassification.from_pretrained(
-        folder, dtype=half, quantization_config=quantize.config(weights, kept, half), device_map={"": on}
+        folder, dtype=half, quantization_config=quantization.bnb_config(weights, kept, half), device_map={"": on}
     ).eval()

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from vitnb import intervals, quantize
+from vitnb import statistics
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
+from vitnb.models.layers import head_name
 
 
 def _pool(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,7 @@ def best_layer(bench: Bench, layers: int = 24, images: int = 102, repeats: int =
     predictions that the noise changes, and how often a corrected paired test on those few images finds a layer.
     """
     random = np.random.default_rng(bench.seed)
-    head = bench.model.get_submodule(quantize.head(bench.model))
+    head = bench.model.get_submodule(head_name(bench.model))
     weight, bias = (tensor.detach().cpu().double().numpy() for tensor in (head.weight, head.bias))
     features, labels = _pool(bench)
     logits = features @ weight.T + bias
@@ -77,7 +78,7 @@ def best_layer(bench: Bench, layers: int = 24, images: int = 102, repeats: int =
         few, others = (100 * (kept[:, part].mean(1) - none[part].mean()) for part in (order[:images], order[images:]))
         ranked.append((few, others))
         drawn = order[:images]
-        found += min(intervals.holm([intervals.mcnemar(none[drawn], right[drawn])[2] for right in kept])) < 0.05
+        found += min(statistics.holm([statistics.mcnemar(none[drawn], right[drawn])[2] for right in kept])) < 0.05
     wrong, sound = np.mean([(few.max(), others[few.argmax()]) for few, others in ranked], axis=0)
     return Case(
         14, "The best of layers that are all alike", f"best of {layers} on {images} images, mean of {repeats} draws",

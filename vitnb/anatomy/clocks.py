@@ -8,9 +8,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import ViTConfig, ViTForImageClassification
 
-from vitnb import attention, models
+from vitnb import devices
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
+from vitnb.models import attention
 
 
 def once(call: Callable, on: torch.device) -> float:
@@ -60,7 +61,7 @@ def another_model(bench: Bench) -> Case:
                  image_size=side, patch_size=16, num_labels=classes)  # fmt: skip
     calls = {
         "another model": lambda: other(pixel_values=pixels.to(bench.device)),
-        "the 4-bit model": lambda: loaded.model(pixel_values=loaded.to_input(pixels)),
+        "the 4-bit model": lambda: loaded.model(pixel_values=loaded.prepare(pixels)),
     }
     found = _medians(interleaved(calls, bench.device, bench.seconds))
     shown = bench.test.pixels
@@ -78,11 +79,11 @@ def two_factors(bench: Bench) -> Case:
     The model has ViT-B's width and two of its layers. ``extra["ms"]`` holds the three medians.
     """
     shape = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
-    full, half = (_vit(bench, dtype, **shape) for dtype in (torch.float32, models.half(bench.device)))
+    full, half = (_vit(bench, dtype, **shape) for dtype in (torch.float32, devices.half_dtype(bench.device)))
     pixels = torch.rand(4, 3, 224, 224, device=bench.device)
 
     def flash():
-        with attention.forced("torch-flash"):
+        with attention.force_backend("torch-flash"):
             half(pixel_values=pixels.to(half.dtype))
 
     calls = {
@@ -105,10 +106,10 @@ def same_kernel(bench: Bench) -> Case:
     ``extra["ran"]`` names the kernel that a trace shows for each; ``extra["ms"]`` holds the medians.
     """
     torch.manual_seed(bench.seed)
-    query, key, value = torch.randn(3, 8, 12, 197, 64, device=bench.device).to(models.half(bench.device)).unbind()
+    query, key, value = torch.randn(3, 8, 12, 197, 64, device=bench.device).to(devices.half_dtype(bench.device)).unbind()
 
     def attend(launched: str):
-        with attention.forced(launched):
+        with attention.force_backend(launched):
             torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
     calls = {name: lambda name=name: attend(name) for name in ("sdpa", "torch-flash", "math")}
@@ -116,7 +117,7 @@ def same_kernel(bench: Bench) -> Case:
     for name, call in calls.items():
         with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
             call()
-        ran[name] = attention.ran({event.key for event in profiled.key_averages()})
+        ran[name] = attention.kernel_in_trace({event.key for event in profiled.key_averages()})
     return Case(
         6, "The same kernel under two names", "gain by flash attention, attention alone", "times as fast",
         found["sdpa"] / found["torch-flash"], found["math"] / found["torch-flash"],

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitnb import checkpoints, quantize
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
-from vitnb.blocks import layers
 from vitnb.errors import UserError, VariantError
+from vitnb.models import checkpoints, quantization
+from vitnb.models.layers import transformer_blocks
 
 MB = 2**20
 
@@ -25,15 +25,15 @@ def head_too(bench: Bench) -> Case:
 
     ``extra["refused"]`` is what the check says of the wrong model.
     """
-    wrong, right = bench.quantized([]), bench.quantized(quantize.keep(bench.model))
+    wrong, right = bench.quantized([]), bench.quantized(quantization.modules_to_skip(bench.model))
     refused = ""
     try:
-        quantize.check_counts(wrong, quantized=True)
+        quantization.check_counts(wrong, quantized=True)
     except VariantError as error:
         refused = str(error)
     return Case(
         15, "The head was quantized too", "a 4-bit model, all its Linears counted", "Linears quantized",
-        quantize.count(wrong)[0], quantize.check_counts(right, quantized=True)[0],
+        quantization.count_linears(wrong)[0], quantization.check_counts(right, quantized=True)[0],
         "Count what was quantized and what was kept, and print it.", {"refused": refused},
     )  # fmt: skip
 
@@ -43,14 +43,14 @@ def nothing_kept(bench: Bench) -> Case:
     instead: the first block, by its full name; and a name that keeps nothing is an error (``extra["refused"]``).
     """
     convolution = next(name for name, module in bench.model.named_modules() if isinstance(module, nn.Conv2d))
-    first, always = layers(bench.model)[0], quantize.keep(bench.model)
+    first, always = transformer_blocks(bench.model)[0], quantization.modules_to_skip(bench.model)
     none, patch, block = (
-        quantize.count(bench.quantized(kept))[0]
-        for kept in (always, [convolution, *always], quantize.keep(bench.model, [first]))
+        quantization.count_linears(bench.quantized(kept))[0]
+        for kept in (always, [convolution, *always], quantization.modules_to_skip(bench.model, [first]))
     )
     refused = ""
     try:
-        quantize.keep(bench.model, [convolution])
+        quantization.modules_to_skip(bench.model, [convolution])
     except UserError as error:
         refused = str(error)
     return Case(
@@ -60,8 +60,8 @@ def nothing_kept(bench: Bench) -> Case:
 
 
 def _row(name: str, model: nn.Module) -> dict:
-    quantized, kept = quantize.count(model)
-    size = f"{quantize.resident_bytes(model) / MB:.2f}"
+    quantized, kept = quantization.count_linears(model)
+    size = f"{quantization.resident_bytes(model) / MB:.2f}"
     return {"variant": name, "status": "ok", "quantized": quantized, "kept": kept, "resident MB": size, "reason": ""}
 
 
@@ -71,19 +71,19 @@ def swallowed(bench: Bench) -> Case:
 
     The third variant keeps a layer that the model does not have. ``extra`` holds both tables, and what was printed.
     """
-    blocks = layers(bench.model)
+    blocks = transformer_blocks(bench.model)
     beyond = blocks[0].rpartition(".")[0] + f".{len(blocks)}"  # numbered from 1 by whoever asked
     asked = {"4-bit": [], "4-bit, first layer kept": [blocks[0]], "4-bit, last layer kept": [beyond]}
     model, careless, careful, printed = bench.model, [], [], {}
     for name, prefixes in asked.items():
         try:
-            model = bench.quantized(quantize.keep(bench.model, prefixes))
+            model = bench.quantized(quantization.modules_to_skip(bench.model, prefixes))
         except Exception as error:  # the defect: told where nobody looks, and on with the model that is at hand
             printed[name] = str(error)
         careless.append(_row(name, model))
     for name, prefixes in asked.items():
         try:
-            careful.append(_row(name, bench.quantized(quantize.keep(bench.model, prefixes))))
+            careful.append(_row(name, bench.quantized(quantization.modules_to_skip(bench.model, prefixes))))
         except UserError as error:
             careful.append(dict.fromkeys(careful[0], "") | {"variant": name, "status": "failed", "reason": str(error)})
     wrong, right = (
@@ -154,7 +154,7 @@ def pickled(bench: Bench) -> Case:
         loose.write_bytes(pickle.dumps({"weight": np.zeros((2, 2)), "extra": _Surprise()}))
         refused = ""
         try:
-            checkpoints.safe(Path(folder))
+            checkpoints.require_safetensors(Path(folder))
         except UserError as error:
             refused = str(error).replace(f"{folder}/", "")
         save_file(weights, strict)

@@ -4,7 +4,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-import vitnb.figures.style  # noqa: F401 (the theme of all figures)
 from vitnb.anatomy.case import Case, told
 
 WRONG, RIGHT = "#b03030", "#0173b2"

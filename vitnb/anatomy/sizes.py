@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
-from vitnb import checkpoints
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
+from vitnb.models import checkpoints
 
 MB = 2**20
+
 
 # One process that loads the weights of each checkpoint named to it, one after the other, and keeps them, as a notebook
 # does that leaves every variant in a variable. Its peak is reset before each.

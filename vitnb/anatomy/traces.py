@@ -7,10 +7,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vitnb import attention
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
 from vitnb.anatomy.clocks import interleaved
+from vitnb.models.attention import WHOLE
 
 IMAGES = 16  # in one forward
 
@@ -49,7 +49,7 @@ def traced(bench: Bench) -> Trace:
         for e in events
         if e.device_type == wanted
     ]
-    whole = [e for e in events if e.key in attention.WHOLE]
+    whole = [e for e in events if e.key in WHOLE]
     inside = sum(e.device_time_total if on_gpu else e.cpu_time_total for e in whole) / 1e3
     return Trace(sorted(rows, key=lambda row: -row.own), inside)
 

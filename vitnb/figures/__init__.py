@@ -1,14 +1,35 @@
-"""Figures of the notebooks and of the report: each takes a table or a record and returns a matplotlib Figure."""
+"""Figures of the notebooks and of the report.
 
-from vitnb.figures.inside import kernel_classes, operators, parts_and_classes
-from vitnb.figures.learning import ablation_ends, ablation_layers, confusion, gallery, learning_curve, pretraining_curve
-from vitnb.figures.plans import layer_effects, linears_map, plan_curve
-from vitnb.figures.style import MARKERS, palette
-from vitnb.figures.tradeoffs import accuracy_latency, accuracy_size, latency_distribution, size_memory
-from vitnb.figures.waterfall import waterfall
+Each function takes a table or a record and returns a matplotlib Figure. A figure's
+module is imported when the figure is first drawn (PEP 562).
+"""
 
-__all__ = [
-    "MARKERS", "ablation_ends", "ablation_layers", "accuracy_latency", "accuracy_size", "confusion", "gallery",
-    "kernel_classes", "latency_distribution", "layer_effects", "learning_curve", "linears_map", "operators", "palette", "parts_and_classes",
-    "plan_curve", "pretraining_curve", "size_memory", "waterfall",
-]  # fmt: skip
+from importlib import import_module
+
+MODULES = {
+    "gallery": ("gallery",),
+    "learning": ("confusion", "learning_curve", "pretraining_curve"),
+    "mixed_precision": (
+        "ablation_ends",
+        "ablation_layers",
+        "layer_effects",
+        "linears_map",
+        "plan_curve",
+    ),
+    "profile": ("kernel_classes", "operators", "parts_and_classes"),
+    "style": ("MARKERS", "palette"),
+    "tradeoffs": (
+        "accuracy_latency",
+        "accuracy_size",
+        "latency_distribution",
+        "size_memory",
+    ),
+}
+_HOMES = {name: module for module, names in MODULES.items() for name in names}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"vitnb.figures has no figure '{name}'")
+    return getattr(import_module(f"vitnb.figures.{_HOMES[name]}"), name)

@@ -1,5 +1,6 @@
 """What all figures share: colours and markers of the variants, seaborn's theme, and how panels stand."""
 
+from collections.abc import Iterable
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -9,9 +10,15 @@ from matplotlib.figure import Figure
 
 from vitnb import variants
 
-_SOURCE = dict(zip(variants.SOURCE, sns.color_palette("colorblind", len(variants.SOURCE)), strict=True))
+_SOURCE = dict(zip(variants.SOURCE_STUDY, sns.color_palette("colorblind", len(variants.SOURCE_STUDY)), strict=True))
+
+
 _KINDS = [*variants.CHECKPOINTS, variants.PLAN]
+
+
 _HUES = dict(zip(_KINDS, sns.color_palette("dark", len(_KINDS)), strict=True))
+
+
 MARKERS = {"sdpa": "o", "fa2": "^", "math": "s", "eager": "X", "mem-efficient": "D", "flash": "v", "cudnn": "P"}
 
 
@@ -22,9 +29,9 @@ def _colour(variant: variants.Variant) -> tuple:
     return _SOURCE.get(variant.name) or sns.light_palette(hue, 7)[6 - variants.ENGINES.index(variant.engine)]
 
 
-def palette() -> dict[str, tuple]:
-    """The colour of every variant, by name; those of plans are known once they are named."""
-    return {name: _colour(variant) for name, variant in variants.REGISTRY.items()}
+def palette(names: Iterable[str]) -> dict[str, tuple]:
+    """Return the colour of each variant, by name."""
+    return {name: _colour(variants.parse(name)) for name in names}
 
 
 sns.set_theme(

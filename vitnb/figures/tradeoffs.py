@@ -6,9 +6,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from vitnb import latency, variants
-from vitnb import summary as summaries
+from vitnb import variants
+from vitnb.analysis import latency
 from vitnb.figures.style import MARKERS, palette, panels
+
+
+def pareto_front(points: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
+    """The rows that no other row beats: none costs no more and is worth more, or costs less and is worth no less."""
+    kept = []
+    for _, row in points.iterrows():
+        beaten = ((points[cost] <= row[cost]) & (points[value] > row[value])) | (
+            (points[cost] < row[cost]) & (points[value] >= row[value])
+        )
+        if not beaten.any():
+            kept.append(row)
+    return pd.DataFrame(kept, columns=points.columns).sort_values(cost)
 
 
 def _scatter(
@@ -33,12 +45,12 @@ def _scatter(
             hue="variant",
             style="attention",
             markers=MARKERS,
-            palette=palette(),
+            palette=palette(panel.variant),
             s=130,
             ax=axis,
             legend=False,
         )
-        best = summaries.pareto(panel, x, y)
+        best = pareto_front(panel, x, y)
         axis.plot(best[x], best[y], "--", color="0.5", zorder=0)
         if times:
             axis.set_xscale("log")  # a tenth of the time is as far from the same as ten times of it
@@ -52,7 +64,7 @@ def _scatter(
         )
     shown = points.drop_duplicates("variant")
     points_of = [
-        Line2D([], [], color=palette()[v], marker=MARKERS[a], linestyle="", markersize=9, label=v)
+        Line2D([], [], color=palette([v])[v], marker=MARKERS[a], linestyle="", markersize=9, label=v)
         for v, a in zip(shown.variant, shown.attention, strict=True)
     ]
     line = Line2D([], [], color="0.5", linestyle="--", label="Pareto front")
@@ -108,9 +120,10 @@ def latency_distribution(records: list[dict]) -> Figure:
     """All samples of every variant as box plots (whiskers at the 5th and 95th percentile), a panel a batch size."""
     long = pd.DataFrame(
         {"variant": record["asked"]["variant"], "batch": timing["batch_size"], "ms": sample}
-        for record in records if record["status"] == "ok" for timing in record["timings"] for sample in latency.samples(timing)
+        for record in records if record["status"] == "ok" for timing in record["timings"] for sample in latency.device_samples(timing)
     )  # fmt: skip
-    long = long.assign(order=long.variant.map(list(variants.REGISTRY).index)).sort_values("order")
+    order = variants.sort_names(long.variant.unique())
+    long = long.sort_values("variant", key=lambda names: names.map(order.index), kind="stable")
     sizes = sorted(long.batch.unique())
     figure, axes = panels(len(sizes))
     for axis, size in zip(axes, sizes, strict=True):
@@ -119,7 +132,7 @@ def latency_distribution(records: list[dict]) -> Figure:
             y="variant",
             x="ms",
             hue="variant",
-            palette=palette(),
+            palette=palette(order),
             whis=(5, 95),
             showfliers=False,
             ax=axis,

@@ -7,10 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vitnb import variants
-from vitnb import waterfall as measured
+from vitnb.analysis.waterfall import gain_verdict, waterfall_table
 
 # By what a row's gain is judged to be; nothing: there is no row to compare with.
 COLOURS = {"faster": "#0173b2", "no difference": "0.6", "slower": "#d55e00", "": "0.35"}
+
+
 ROW = 0.29  # inches
 
 
@@ -29,14 +31,14 @@ ASIDE = {
 
 def _label(row) -> str:
     """The technique, and the engine that ran where it is not the one that was asked for."""
-    ran, asked = row.engine_ran, variants.get(row.variant).engine
+    ran, asked = row.engine_ran, variants.parse(row.variant).engine
     return row.step + (f" (ran {ran})" if isinstance(ran, str) and ran != asked else "")
 
 
 def _bars(axis: Axes, panel: pd.DataFrame) -> None:
     """One bar a step, p50 in milliseconds from 0, its gain beside it; a step without a time says so."""
     for y, row in enumerate(panel.itertuples()):
-        word, failed = measured.judged(row), row.p50_ms != row.p50_ms
+        word, failed = gain_verdict(row), row.p50_ms != row.p50_ms
         end, text, style = row.p50_ms, f"{three(row.p50_ms)} ms", {"color": "0.25"}
         if failed:
             end, text, style = 0, "did not run here", {"color": "0.5", "style": "italic"}
@@ -74,7 +76,7 @@ def waterfall(record: dict) -> Figure:
     Bars are p50 milliseconds from 0, on a scale of their own in each panel, with the gain over the last row that ran. Beside
     them what a row costs at any batch size: KL, share of images with another first class, resident megabytes.
     """
-    table = measured.table(record)
+    table = waterfall_table(record)
     ladders, sizes = list(record["ladders"]), list(record["blocks_ms"])
     rows = [len(record["ladders"][name]) for name in ladders]
     figure, axes = plt.subplots(

@@ -1,0 +1,98 @@
+"""Profiler traces: what ran, how long, and the peak of memory."""
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from vitnb import variants
+from vitnb.analysis import performance
+from vitnb.data import dataset
+from vitnb.data.splits import load_split
+from vitnb.errors import VariantError
+from vitnb.measure import profiler
+from vitnb.models import attention, loader
+
+
+def loaded_and_pixels(mini, name):
+    loaded = loader.load_variant(mini, variants.parse(name))
+    return loaded, dataset.first_batch(load_split(mini, "test"), loaded.processor, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("fp32-math", "math"), ("fp32-sdpa", "flash-cpu"), ("nf4-fa2", "flash-cpu"), ("int8-fa2", "flash-cpu")],
+)
+def test_the_trace_names_the_kernel_and_its_share(mini, name, kernel):
+    if torch.cuda.is_available():
+        pytest.skip("the kernels of a CPU")
+    found = profiler.profile_forward(*loaded_and_pixels(mini, name))
+    assert found["attention_ran"] == kernel and found["batch_size"] == 4
+    assert 0 < found["attention_ms"] < found["total_ms"]
+    assert found["total_ms"] == pytest.approx(sum(found["operators_ms"].values()))
+    own = list(found["operators_ms"].values())
+    assert own == sorted(own, reverse=True)
+
+
+def test_attention_is_counted_whole_and_operators_once(mini):
+    """The reference kernel is made of operators that a ViT uses nowhere else; a wrapper's own time is not its callee's."""
+    if torch.cuda.is_available():
+        pytest.skip("the operators of a CPU")
+    found = profiler.profile_forward(*loaded_and_pixels(mini, "fp32-math"))
+    own = found["operators_ms"]
+    assert found["attention_ms"] >= own["aten::bmm"] + own["aten::_softmax"]
+    assert own["aten::linear"] < own["aten::addmm"]
+
+
+def test_a_trace_for_every_batch_size(mini):
+    loaded, test = loader.load_variant(mini, variants.parse("fp32-sdpa")), load_split(mini, "test")
+    found = profiler.profile_batch_sizes(loaded, test, [1, 3])
+    assert [trace["batch_size"] for trace in found] == [1, 3]
+
+
+def test_a_variant_that_runs_another_kernel_fails(mini, monkeypatch):
+    loaded, pixels = loaded_and_pixels(mini, "fp32-math")
+    monkeypatch.setattr(attention, "force_backend", lambda launched: nullcontext())
+    with pytest.raises(VariantError, match="math was asked for"):
+        profiler.profile_forward(loaded, pixels)
+
+
+def test_parts_and_classes_hold_all_of_the_time(mini):
+    found = profiler.profile_forward(*loaded_and_pixels(mini, "fp32-sdpa"))
+    for sums in (performance.time_by_class(found), performance.time_by_part(found)):
+        assert sum(sums.values()) == pytest.approx(found["total_ms"])
+    assert performance.time_by_class(found)["attention"] == found["attention_ms"]
+    parts = found["parts_ms"]
+    assert parts["attention"]["attention"] == pytest.approx(found["attention_ms"]), "attention outside of attention"
+    assert parts["mlp"]["gemm"] > 0 and parts["patch embedding"]["gemm"] > 0 and parts["head"]["gemm"] > 0
+    assert parts["mlp"]["attention"] == 0 and parts["rest"]["normalization"] > 0
+
+
+def test_nothing_is_dequantized_where_nothing_is_quantized(mini):
+    plain, small = (performance.time_by_class(profiler.profile_forward(*loaded_and_pixels(mini, n))) for n in ("bf16-sdpa", "int8-sdpa"))
+    assert plain["dequantize"] == plain["quantize"] == 0
+    assert small["dequantize"] > 0 and small["quantize"] > 0
+
+
+def test_gaps_are_gaps():
+    """Overlap counts once, and a gap is where nothing runs: [0, 2], [1, 3], gap of 2, [5, 7] with [5.25, 5.5] and [5.75, 6.5] inside."""
+    assert profiler.busy_and_idle([(0, 2), (1, 3), (5, 7), (5.25, 5.5), (5.75, 6.5)]) == (5, 2)
+
+
+def test_the_timeline_is_the_latency(mini):
+    """Busy and idle time make up the time of the same forward, but for what lies before its first and after its last operator."""
+    found = profiler.profile_forward(*loaded_and_pixels(mini, "fp32-sdpa"))
+    assert 0.5 * found["latency_ms"] < found["busy_ms"] + found["idle_ms"] <= found["latency_ms"]
+    assert found["idle_ms"] > 0 and found["launches"] >= 3 * 6
+
+
+def test_idle_time_between_operators_shows(mini):
+    """20 ms of waiting in each of the three blocks is idle time, and in no class of kernels."""
+    loaded, pixels = loaded_and_pixels(mini, "fp32-sdpa")
+    before = profiler.profile_forward(loaded, pixels)
+    for name, module in loaded.model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_hook(lambda *_: time.sleep(0.02))
+    found = profiler.profile_forward(loaded, pixels)
+    assert found["idle_ms"] > before["idle_ms"] + 50

@@ -1,0 +1,116 @@
+"""The fused forward beside transformers' own, and its operations beside bitsandbytes and closed forms. On a GPU: test_gpu."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from vitnb.errors import VariantError
+from vitnb.models import layers, quantization
+from vitnb.models.fused import linears, reference
+from vitnb.models.fused.vit import TECHNIQUES, FusedViT
+
+
+def a_vit(hidden=128, **options):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=hidden, num_hidden_layers=3, num_attention_heads=2, intermediate_size=4 * hidden, image_size=48,
+        num_labels=7, **options,
+    )  # fmt: skip
+    model = ViTForImageClassification(config).eval()
+    for parameter in model.parameters():  # biases and norms that do something
+        torch.nn.init.normal_(parameter, mean=float("norm" in str(parameter.shape)), std=0.2)
+    return model
+
+
+def as_nf4(model):
+    for name, linear in layers.linears(model).items():
+        if name != layers.head_name(model):
+            model.set_submodule(name, quantization.quantized_copy(linear, 4, torch.bfloat16))
+    return model
+
+
+PIXELS = torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("without", [[], *[[t] for t in TECHNIQUES], TECHNIQUES])
+@torch.inference_mode()
+def test_every_arrangement_gives_the_logits_of_transformers(without):
+    model = a_vit()
+    wanted = model(pixel_values=PIXELS).logits
+    fused = FusedViT(copy.deepcopy(model), "sdpa", torch.float32, frozenset(TECHNIQUES) - {*without})
+    torch.testing.assert_close(fused(pixel_values=PIXELS).logits, wanted, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("hidden", [128, 192])  # 192: weights that end inside a group of scales are unpacked one by one
+@torch.inference_mode()
+def test_nf4_gives_what_bitsandbytes_gives(hidden):
+    model = as_nf4(a_vit(hidden).bfloat16())
+    exact = copy.deepcopy(model).float()
+    for name, linear in layers.linears(model).items():
+        if isinstance(linear, bnb.nn.Linear4bit):
+            plain = torch.nn.Linear(linear.in_features, linear.out_features)
+            plain.weight.data = bnb.functional.dequantize_4bit(
+                linear.weight.data.clone(), linear.weight.quant_state
+            ).float()
+            plain.bias.data = linear.bias.data.float()
+            exact.set_submodule(name, plain)
+    wanted = exact(pixel_values=PIXELS).logits
+    fused = FusedViT(model, "sdpa", torch.bfloat16)
+    assert len(fused.blocks[0].packs[0]) == (1 if hidden == 128 else 5)
+    got = fused(pixel_values=PIXELS.bfloat16()).logits.float()
+    assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()  # bfloat16 through three blocks
+
+
+@torch.inference_mode()
+def test_fp8_gives_what_its_linears_give():
+    model = quantization.to_fp8(a_vit().bfloat16())
+    assert quantization.count_linears(model) == (18, 1)
+    wanted = copy.deepcopy(model)(pixel_values=PIXELS.bfloat16()).logits.float()
+    got = FusedViT(model, "sdpa", torch.bfloat16)(pixel_values=PIXELS.bfloat16()).logits.float()
+    assert (got - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+@torch.inference_mode()
+def test_an_fp8_linear_is_near_the_linear_and_keeps_rows_apart():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32).bfloat16()
+    x = torch.randn(6, 64).bfloat16() * torch.logspace(-3, 3, 6)[:, None].bfloat16()
+    wanted, got = linear(x).float(), quantization.Float8Linear(linear)(x).float()
+    without_bias = wanted - linear.bias.float()
+    # e4m3 rounds by 1/16 at most, evenly spread by 1/16/sqrt(3); of both factors that is 5% of a row on average.
+    assert ((got - wanted).norm(dim=1) < 0.08 * without_bias.norm(dim=1) + 0.01 * linear.bias.norm()).all()
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 576)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantized_to_the_bit_as_bitsandbytes_does(shape, dtype):
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False).to(dtype)
+    small = quantization.quantized_copy(linear, 4, dtype)
+    out = torch.full((linear.weight.numel(),), 9.0, dtype=dtype)
+    (packed,) = linears.pack([small])
+    packed.unpack(reference, out)
+    assert torch.equal(out.view(shape), bnb.functional.dequantize_4bit(small.weight.data, small.weight.quant_state))
+
+
+def test_the_scratch_is_shared_and_small_and_the_weights_are_packed():
+    fused = FusedViT(as_nf4(a_vit().bfloat16()), "sdpa", torch.bfloat16)
+    assert fused.scratch_bytes == 8 * 128 * 128 * 2
+    linear_weights = 3 * 12 * 128 * 128
+    held = sum(b.numel() * b.element_size() for name, b in fused.named_buffers() if "packs" in name)
+    assert 0.5 * linear_weights < held < 0.6 * linear_weights
+    assert quantization.resident_bytes(fused) < linear_weights  # half of what 16 bits would take
+
+
+def test_only_what_it_knows():
+    with pytest.raises(VariantError, match="exact GELU alone, not relu"):
+        FusedViT(a_vit(hidden_act="relu"), "sdpa", torch.float32)
+    with pytest.raises(VariantError, match="knows ViT, and this is Linear"):
+        FusedViT(torch.nn.Linear(2, 2), "sdpa", torch.float32)
+    model = a_vit()
+    linear = model.vit.layers[0].mlp.fc1
+    model.vit.layers[0].mlp.fc1 = quantization.quantized_copy(linear, 8, torch.bfloat16)
+    with pytest.raises(VariantError, match="no int8 of bitsandbytes"):
+        FusedViT(model, "sdpa", torch.bfloat16)

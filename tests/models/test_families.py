@@ -1,0 +1,206 @@
+"""Checkpoints of the ViT family, small and random: each goes from fine-tuning to naming images, and computes what transformers does."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import write_shapes
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2Model,
+    SwinConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from vitnb import devices, variants
+from vitnb.data import dataset
+from vitnb.data.splits import SPLITS, load_split
+from vitnb.errors import UserError, VariantError
+from vitnb.inference import classify
+from vitnb.measure import accuracy, latency, profiler, roofline
+from vitnb.mixed_precision import ablation, switchable
+from vitnb.models import checkpoints, loader, pretrained
+from vitnb.models.layers import linears, transformer_blocks
+from vitnb.study import load_study  # fmt: skip
+from vitnb.training import baselines, loop, lora
+
+STUDY = """
+title: a family
+question: does it go through?
+data: {folder}/shapes
+base: {base}
+finetune: {{epochs: 1, batch_size: 8}}
+latency: {{samples: 20, seconds: 0.05}}
+"""
+VIT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 32, "patch_size": 8,
+    "num_labels": 7,
+}  # fmt: skip
+CONFIGS = {
+    "vit, old names": ViTConfig(**VIT),
+    "vit, new names": ViTConfig(**VIT),
+    "deit": DeiTConfig(**VIT, architectures=["DeiTForImageClassification"]),
+    "swin": SwinConfig(image_size=32, patch_size=2, embed_dim=48, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=7),
+    "dinov2": Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=48, patch_size=8),
+    "beit": BeitConfig(**VIT, use_relative_position_bias=True),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    write_shapes(folder / "shapes", {"train": 3, "valid": 2, "test": 3})
+    return folder
+
+
+def base(name: str, folder):
+    """A checkpoint with large random weights, so that whatever is left out shows; its preprocessing gives 32 x 32 pixels."""
+    torch.manual_seed(1)
+    model = AutoModelForImageClassification.from_config(CONFIGS[name])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter += (1.0 if "relative_position_bias" in key else 0.1) * torch.randn_like(parameter)
+    if name == "dinov2":  # as its authors give it: no head at all
+        whole, model = model, Dinov2Model(model.config)
+        model.load_state_dict(whole.dinov2.state_dict())
+    if name == "deit":  # a base may come in 16 bits
+        model.half()
+    model.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    if name == "vit, new names":
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    assert ("vit.encoder.layer.0.attention.attention.query.weight" in saved) == name.startswith("vit")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def study(name: str, folder):
+    path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.yaml"
+    base(name, folder / path.stem)
+    path.write_text(STUDY.format(folder=folder, base=folder / path.stem))
+    return load_study(str(path))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_from_fine_tuning_to_naming_images(name, place, outputs, capsys):
+    made = study(name, place)
+    train, valid, test = (load_split(made, part) for part in SPLITS)
+    processor = checkpoints.load_processor(pretrained.find_base(made))
+    torch.manual_seed(0)
+    model = lora.add_adapters(made, train.class_names)
+    said = "the base's head, for 7 classes, is replaced by a new one for 4"
+    assert (said in capsys.readouterr().out) == (name != "dinov2")
+    loop.train(model, made, processor, train, valid)
+    lora.export_checkpoints(model, made, processor, train.class_names)
+    pixels, found = torch.stack([p for p, _ in dataset.PixelDataset(test, processor)]), {}
+    asked = {
+        "fp32-sdpa": 1e-4,
+        "fp32-eager": 1e-4,
+        "nf4-sdpa": 1.0,
+        "int8-fa2": 0.3,
+    }  # how far from plain transformers, in spreads
+    if devices.select_device().type == "cuda" and name in ("swin", "beit"):  # flash-attn has no place for their position bias
+        with pytest.raises(VariantError, match="use an sdpa variant"):
+            accuracy.predict(loader.load_variant(made, variants.parse("int8-fa2")), test)
+        asked["int8-sdpa"] = asked.pop("int8-fa2")
+    for variant in asked:
+        loaded = loader.load_variant(made, variants.parse(variant))
+        assert loaded.linears_kept == (1 if loaded.variant.quantized else loaded.linears_kept)
+        predictions, logits = accuracy.predict(loaded, test)
+        found[variant] = torch.from_numpy(logits)
+        assert loaded.class_names == train.class_names and predictions["labels"] == test.labels
+        ran = profiler.profile_forward(loaded, pixels[:2])["attention_ran"]
+        assert (ran == "eager") == (variant == "fp32-eager") and (
+            ran in ("eager", "flash-cpu") or loaded.device.type == "cuda"
+        )
+        latency.time_batch_sizes(loaded, test, [1], made.latency)
+        rows, _ = classify(loaded, test.paths, test.root)
+        assert [row["top1"] for row in rows] == [train.class_names[i] for i in found[variant].argmax(1)]
+    assert roofline.count_flops(loaded.model.config, 2, (32, 32)) > 1e6
+    plain = AutoModelForImageClassification.from_pretrained(
+        made.checkpoint("merged"), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        wanted = plain(pixel_values=pixels).logits
+    spread = wanted.std().item()
+    for variant, off in asked.items():
+        assert (found[variant] - wanted).abs().mean() < off * spread, variant
+    if "vit," not in name:
+        with pytest.raises(VariantError, match="the fused engine knows ViT"):
+            loader.load_variant(made, variants.parse("bf16-sdpa-fused"))
+    assert 0 <= baselines.measure_baselines(made, train, test, processor)["probe"] <= 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_block_can_be_kept_alone(name, place, outputs, monkeypatch):
+    """The blocks against those that ran, 16 bits against a model that was never switched, replaying against computing."""
+    made = study(name, place)
+    model = pretrained.load_base(made, [*"abcdefg"])
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(made.checkpoint("merged"))
+    checkpoints.load_processor(pretrained.find_base(made)).save_pretrained(made.checkpoint("merged"))
+    split, ran = load_split(made, "test"), []
+    monkeypatch.setattr(switchable, "BATCH_SIZE", 5)  # of 12 images: the last batch is smaller
+
+    def load():
+        return loader.load_variant(made, variants.parse("fp32-sdpa"))
+
+    plain = load()
+    images = switchable.reference_answers(plain, split)
+    for path, module in plain.model.named_modules():
+        if type(module).__name__.endswith("Layer"):
+            module.register_forward_hook(lambda *_, path=path: ran.append(path))
+    plain.model.to(torch.bfloat16)
+    halved = accuracy.kl_divergence(images.reference, switchable.compute_logits(plain, images.pixels, torch.bfloat16))
+    layers = transformer_blocks(plain.model)
+    assert ran == 3 * layers and len(layers) == (3 if name == "swin" else 2)
+    every = set(linears(plain.model)) - {"classifier"}
+    assert {linear for (linear,) in ablation.single_linears(plain.model).values()} == every
+
+    rows = ablation.measure_sensitivity(load(), split, [4], torch.bfloat16, by="linear")
+    found = {row["kept"]: row for row in rows}
+    assert found["none"]["linears_quantized"] == len(every) and found["all"]["linears_quantized"] == 0
+    assert found["all"]["kl"] == halved.mean().item() < found["none"]["kl"]
+    for i in range(len(layers)):
+        assert found[f"layer {i}"]["linears_kept"] == 7 and found[f"all but layer {i}"]["linears_quantized"] == 6
+        assert found[f"all but layer {i}"]["kl"] != found["all"]["kl"]
+    assert sum(part.startswith("outside ") for part in found) == (name == "swin")
+    monkeypatch.setattr(ablation, "CachedEvaluator", partial(switchable.CachedEvaluator, replay=False))
+    assert ablation.measure_sensitivity(load(), split, [4], torch.bfloat16, by="linear") == rows
+
+
+def test_old_and_new_names_are_one_model(place, outputs):
+    logits = []
+    for name in ("vit, old names", "vit, new names"):
+        torch.manual_seed(0)
+        model = pretrained.load_base(study(name, place / "twice"), ["a", "b", "c", "d", "e", "f", "g"])
+        with torch.no_grad():
+            logits.append(model.eval()(pixel_values=torch.ones(1, 3, 32, 32, device=model.device)).logits)
+    assert torch.equal(*logits)
+
+
+def test_a_base_that_does_not_fit_its_config_or_its_preprocessing_is_refused(place, outputs):
+    made = study("vit, old names", place / "wrong")
+    folder = place / "wrong" / "vit-old-names"
+    ViTImageProcessorPil(size={"height": 40, "width": 32}).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"does not take images of 40 x 32 pixels.*preprocessor_config.json"):
+        pretrained.load_base(made, ["a", "b"])
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layer.1.output" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+    wrong = r"config and weights do not fit: 2 missing keys, such as vit\.layers\.1\.mlp\.fc2\.bias"
+    with pytest.raises(UserError, match=wrong):
+        pretrained.load_base(made, ["a", "b"])
+
+
+def test_a_head_of_the_right_size_is_kept(place, outputs):
+    made = study("vit, old names", place / "right")
+    kept = ViTForImageClassification.from_pretrained(place / "right" / "vit-old-names").classifier.weight
+    model = pretrained.load_base(made, [*"abcdefg"])
+    assert model.replaced_classes == 0 and torch.equal(model.classifier.weight.cpu(), kept)

@@ -1,0 +1,168 @@
+"""Checkpoints: loaded by plain transformers, the same bits after a reload, and safe to open."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from vitnb import variants
+from vitnb.errors import UserError, VariantError
+from vitnb.models import checkpoints, layers, loader, pretrained, quantization
+from vitnb.study import ROOT, Study
+
+PLAIN = """
+import json, sys, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+inputs = processor(Image.open(sys.argv[2]).convert("RGB"), return_tensors="pt").to(model.device, model.dtype)
+with torch.inference_mode():
+    logits = model(**inputs).logits[0].float()
+assert "vitnb" not in sys.modules
+print(json.dumps({"names": model.config.id2label, "size": list(inputs["pixel_values"].shape), "finite": bool(logits.isfinite().all()),
+                  "types": sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "types"), [("merged", ["Linear"]), ("nf4", ["Linear", "Linear4bit"]), ("int8", ["Linear", "Linear8bitLt"])]
+)
+def test_an_export_loads_without_this_package(mini, tmp_path, name, types):
+    picture = next((ROOT / mini.data / "test" / "ring").iterdir())
+    words = [sys.executable, "-c", PLAIN, str(mini.checkpoint(name)), str(picture)]
+    elsewhere = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path) != ROOT]
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(elsewhere)}
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert list(found["names"].values()) == ["circle", "cross", "ring", "square"]
+    assert found["size"] == [1, 3, 32, 32] and found["finite"] and found["types"] == types
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_quantized_export_is_bit_identical_after_a_reload(mini, name):
+    """Weights and quantization state of the model that was quantized in memory, and of the one that was saved and loaded."""
+    merged, settings = mini.checkpoint("merged"), quantization.bnb_config(name, ["classifier"])
+    made = AutoModelForImageClassification.from_pretrained(merged, dtype=torch.bfloat16, quantization_config=settings)
+    loaded = AutoModelForImageClassification.from_pretrained(mini.checkpoint(name))
+    before, after = made.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and any("quant_state" in key or "SCB" in key for key in before)
+    for key, tensor in before.items():
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+        else:
+            assert tensor == after[key], key
+
+
+def test_nf4_holds_the_merged_weights(mini):
+    """What the loader quantized is what bitsandbytes makes of the merged weights in 16 bits."""
+    from bitsandbytes import functional
+
+    merged = AutoModelForImageClassification.from_pretrained(mini.checkpoint("merged"), dtype=torch.bfloat16)
+    small = AutoModelForImageClassification.from_pretrained(mini.checkpoint("nf4"))
+    plain, counted = layers.linears(merged.to(small.device)), 0
+    for name, module in layers.linears(small).items():
+        if isinstance(module, quantization.bnb.nn.Linear4bit):
+            oracle = functional.quantize_4bit(plain[name].weight.data, quant_type="nf4", compress_statistics=True)
+            assert torch.equal(
+                functional.dequantize_4bit(module.weight.data, module.weight.quant_state),
+                functional.dequantize_4bit(*oracle),
+            )
+            counted += 1
+        else:
+            assert torch.equal(module.weight, plain[name].weight)
+    assert counted == 18
+
+
+def test_what_is_kept_and_what_is_quantized(mini):
+    merged = load_file(mini.checkpoint("merged") / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    for name, weights in (("nf4", torch.uint8), ("int8", torch.int8)):
+        tensors = load_file(mini.checkpoint(name) / "model.safetensors")
+        assert tensors["classifier.weight"].dtype == torch.bfloat16
+        small = [key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.dtype == weights]
+        assert len(small) == 18 and not [key for key in small if "norm" in key or "classifier" in key]
+
+
+def test_a_variant_tells_what_was_loaded(mini):
+    full, small = (loader.load_variant(mini, variants.parse(name)) for name in ("fp32-sdpa", "nf4-sdpa"))
+    weights = load_file(mini.checkpoint("merged") / "model.safetensors")
+    assert full.parameters == small.parameters == sum(tensor.numel() for tensor in weights.values())
+    assert (full.linears_quantized, full.linears_kept) == (0, 19) and (small.linears_quantized, small.linears_kept) == (
+        18,
+        1,
+    )
+    assert full.dtype == torch.float32 and small.dtype == torch.bfloat16
+    assert small.class_names == ["circle", "cross", "ring", "square"]
+    files = [path.stat().st_size for path in mini.checkpoint("nf4").iterdir()]
+    assert small.disk_bytes == sum(files) < full.disk_bytes and small.resident_bytes < full.resident_bytes
+
+
+def test_a_checkpoint_that_is_not_what_the_variant_needs(mini):
+    with pytest.raises(VariantError, match="not quantized"):
+        loader.load_variant(mini, variants.parse("nf4-sdpa"), mini.checkpoint("merged"))
+    with pytest.raises(VariantError, match="Linears are quantized"):
+        loader.load_variant(mini, variants.parse("bf16-sdpa"), mini.checkpoint("nf4"))
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(mini, tmp_path):
+    """transformers would fill it with random numbers and go on."""
+    shutil.copytree(mini.checkpoint("merged"), tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    del weights["vit.encoder.layer.1.intermediate.dense.weight"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing keys, such as vit.layers.1.mlp.fc1.weight"):
+        loader.load_variant(mini, variants.parse("fp32-sdpa"), tmp_path / "part")
+
+
+def test_full_precision_is_full(mini):
+    """TensorFloat-32 would make it 19 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    loader.load_variant(mini, variants.parse("fp32-sdpa"))
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+def test_the_preprocessing_of_the_base_travels_with_every_export(mini):
+    wanted = AutoImageProcessor.from_pretrained(pretrained.find_base(mini)).to_dict()
+    for name in ("merged", "nf4", "int8"):
+        assert AutoImageProcessor.from_pretrained(mini.checkpoint(name)).to_dict() == wanted
+
+
+def test_pickles_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoints.require_safetensors(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle"):
+        checkpoints.require_safetensors(tmp_path)
+
+
+def test_a_missing_checkpoint_names_the_command(mini):
+    with pytest.raises(UserError, match=f"python -m vitnb run finetune -p study {mini.typed}"):
+        loader.load_variant(mini, variants.parse("nf4-sdpa"), mini.outputs / "nowhere")
+
+
+def test_a_precision_that_is_not_there(mini):
+    with pytest.raises(UserError, match="base_precision must be"):
+        pretrained.load_base(mini, ["a", "b"], "fp8")
+
+
+def test_the_fresh_head_is_the_same_in_every_precision(mini):
+    """So that LoRA and QLoRA start alike."""
+    heads = []
+    for weights in ("fp32", "nf4"):
+        torch.manual_seed(3)
+        heads.append(pretrained.load_base(mini, ["a", "b", "c"], weights).classifier.weight.detach().clone())
+    assert torch.equal(*heads) and heads[0].shape == (3, 64)
+
+
+def test_the_base_of_another_study_is_asked_for_by_the_command_that_makes_it():
+    with pytest.raises(UserError, match="python -m vitnb pretrain nowhere"):
+        pretrained.find_base(Study("one", "t", "q", "garden", base="outputs/nowhere/base"))
