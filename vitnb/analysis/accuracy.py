@@ -7,14 +7,14 @@ from sklearn.metrics import confusion_matrix, f1_score
 from vitnb import statistics, variants
 
 
-def correct(predictions: dict[str, list], k: int = 1) -> np.ndarray:
+def is_correct(predictions: dict[str, list], k: int = 1) -> np.ndarray:
     """Whether the true class is among the k likeliest, bool [images]."""
     return (np.asarray(predictions["top5"])[:, :k] == np.asarray(predictions["labels"])[:, None]).any(axis=1)
 
 
 def top1_interval(predictions: dict[str, list]) -> tuple[float, float]:
     """Wilson's 95% interval of the top-1."""
-    return statistics.wilson(correct(predictions).sum(), len(predictions["labels"]))
+    return statistics.wilson(is_correct(predictions).sum(), len(predictions["labels"]))
 
 
 def scores(predictions: dict[str, list]) -> dict[str, float]:
@@ -22,8 +22,8 @@ def scores(predictions: dict[str, list]) -> dict[str, float]:
     labels, predicted = predictions["labels"], [row[0] for row in predictions["top5"]]
     return {
         "images": len(labels),
-        "top1": float(correct(predictions).mean()),
-        "top5": float(correct(predictions, 5).mean()),
+        "top1": float(is_correct(predictions).mean()),
+        "top5": float(is_correct(predictions, 5).mean()),
         "f1": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
     }
 
@@ -50,7 +50,7 @@ def paired_comparison(evaluated: list[dict], record: dict | None) -> pd.DataFram
     found = {r["asked"]["variant"]: r["predictions"] for r in evaluated if r["status"] == "ok"}
     if variants.BASELINE not in found:
         return pd.DataFrame(columns=COLUMNS)
-    correct = {name: correct(predictions) for name, predictions in found.items()}
+    correct = {name: is_correct(predictions) for name, predictions in found.items()}
     moved = {name: np.asarray(a["kl_by_image"]) for name, a in (record or {}).get("answers", {}).items()}
     base, control = correct[variants.BASELINE], moved.get(variants.CONTROL)
     rows = []
@@ -61,7 +61,7 @@ def paired_comparison(evaluated: list[dict], record: dict | None) -> pd.DataFram
             only_base, only_variant, p = statistics.mcnemar(base, correct[name])
             row |= {"only_baseline_right": only_base, "only_variant_right": only_variant, "p": p}
             for score, k in (("points", 1), ("top5_points", 5)):
-                both = [correct(found[which], k) for which in (name, variants.BASELINE)]
+                both = [is_correct(found[which], k) for which in (name, variants.BASELINE)]
                 row |= dict(zip((score, f"{score}_low", f"{score}_high"), statistics.paired_points(*both), strict=True))
             if name in moved:
                 row |= dict(zip(("kl", "kl_low", "kl_high"), statistics.bootstrap_mean(moved[name]), strict=True))

@@ -103,6 +103,10 @@ def load_variant(
     )
     if wrong := checkpoints.describe_misfits(found):
         raise UserError(f"{folder}: {wrong}: make it again with '{made}'")
+    for parameter in model.parameters():
+        # A loader may leave weights in the type of the file.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     model.eval()
     for module in model.modules():
         if isinstance(module, quantization.bnb.nn.Linear4bit):
