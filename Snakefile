@@ -1,17 +1,20 @@
-# Which notebook runs after which, for which variant. `python -m vitnb study NAME` starts it.
+# Which notebook runs after which, for which variant: `python -m vitnb study NAME`.
 #
-# Every job takes all cores: a job that measures time never shares the machine with another. Priorities: what is compared comes
-# first, so that a run that is cut short has the main part.
+# Every job takes all cores: a job that measures time shares the machine with no other.
+# Priorities: the variants and their comparison come first, so that a run that is cut
+# short has the main part.
 from vitnb import variants
 from vitnb.study import ROOT, load_study
 
 study = load_study(config.get("study", "embedded"))
 asked = config.get("study", "embedded")
 records = study.outputs / "records"
-source = asked if asked.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{asked}.yaml"
-
-
-base = [records / "pretrain.json"] if study.pretrain else []
+source = ROOT / "studies" / f"{asked}.yaml"
+if asked.endswith((".yaml", ".yml")):
+    source = asked
+base = []
+if study.pretrain:
+    base.append(records / "pretrain.json")
 measured = [
     *base,
     records / "finetune.json",
@@ -20,13 +23,15 @@ measured = [
     records / "ablate.json",
     *(records / f"plan-{name}.json" for name in study.plans),
     records / "infer.json",
-    *[records / "waterfall.json"] * bool(study.waterfall),
 ]
-# A variant by its name in file names, and what makes its checkpoint.
+if study.waterfall:
+    measured.append(records / "waterfall.json")
+# The variant of each name in file names.
 named = {variants.parse(variant).file: variant for variant in study.variants}
 
 
 def exported(variant):
+    """Return the record of the job that makes a variant's checkpoint."""
     plan = variants.parse(variant).plan
     return records / (f"plan-{plan}.json" if plan else "finetune.json")
 
@@ -39,7 +44,8 @@ rule all:
 
 if study.pretrain:
 
-    rule pretrain:  # its settings are all that it depends on: another change of the study keeps the base
+    # A base depends on its settings alone: another change of the study keeps it.
+    rule pretrain:
         output:
             records / "pretrain.json",
             directory(study.own_base),

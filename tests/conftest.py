@@ -1,4 +1,4 @@
-"""Shared by the tests: a *mini* study that trains in seconds, with a tiny ViT of random weights on drawn shapes."""
+"""Share fixtures: a *mini* study, a tiny ViT of random weights on drawn shapes."""
 
 import json
 import os
@@ -37,13 +37,16 @@ expected:
 
 
 def shape(kind: str, random: np.random.RandomState, size: int = 40) -> Image.Image:
-    """One picture of a class: a shape of random colour, place and size on a noisy ground."""
+    """Draw a shape of random colour, place and size on a noisy ground."""
     ground = random.randint(0, 90, (size, size, 3)).astype(np.uint8)
     image = Image.fromarray(ground)
     pen = ImageDraw.Draw(image)
     radius = random.randint(7, 13)
     x, y = random.randint(radius, size - radius, 2)
-    box, colour = (x - radius, y - radius, x + radius, y + radius), tuple(int(c) for c in random.randint(120, 256, 3))
+    box, colour = (
+        (x - radius, y - radius, x + radius, y + radius),
+        tuple(int(c) for c in random.randint(120, 256, 3)),
+    )
     if kind == "circle":
         pen.ellipse(box, fill=colour)
     elif kind == "ring":
@@ -68,26 +71,36 @@ def write_shapes(root: Path, per_class: dict[str, int]) -> None:
 def write_base(folder: Path) -> None:
     torch.manual_seed(5)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=128, image_size=32, patch_size=8, num_labels=2,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        folder
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+        num_labels=2,
     )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict]:
-    """What ``Walk.ask`` is asked from now on, in a list that grows; its question of this number kills the run."""
-    ask, asked = switchable.CachedEvaluator.ask, []
+    """Return a growing list of the choices that ``CachedEvaluator`` evaluates.
 
-    def counted(walk, widths):
-        asked.append(widths)
-        if len(asked) == number:
+    The evaluation of this number kills the run.
+    """
+    evaluate = switchable.CachedEvaluator.evaluate
+    evaluated = []
+
+    def counted(evaluator, widths):
+        evaluated.append(widths)
+        if len(evaluated) == number:
             raise KeyboardInterrupt
-        return ask(walk, widths)
+        return evaluate(evaluator, widths)
 
-    monkeypatch.setattr(switchable.CachedEvaluator, "ask", counted)
-    return asked
+    monkeypatch.setattr(switchable.CachedEvaluator, "evaluate", counted)
+    return evaluated
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +116,7 @@ def mini_yaml(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory):
-    """An output root for this session's studies; commands started by tests inherit it."""
+    """Give this session's studies an output root, which commands inherit."""
     before, root = os.environ.get("VITNB_OUTPUTS"), tmp_path_factory.mktemp("outputs")
     os.environ["VITNB_OUTPUTS"] = str(root)
     yield root
@@ -129,7 +142,11 @@ def mini(mini_yaml, outputs) -> Study:
 @pytest.fixture
 def shapes(mini):
     """The mini study's images to train and to choose by, and its preprocessing."""
-    return load_split(mini, "train"), load_split(mini, "valid"), checkpoints.load_processor(pretrained.find_base(mini))
+    return (
+        load_split(mini, "train"),
+        load_split(mini, "valid"),
+        checkpoints.load_processor(pretrained.find_base(mini)),
+    )
 
 
 @pytest.fixture
@@ -137,7 +154,10 @@ def run_cells() -> Callable[..., None]:
     """Runs a notebook's code, cell by cell, in this process, with some parameters."""
 
     def run(name: str, **parameters) -> None:
-        namespace, found = dict(parameters), json.loads((notebooks.FOLDER / f"{name}.ipynb").read_text())["cells"]
+        namespace, found = (
+            dict(parameters),
+            json.loads((notebooks.FOLDER / f"{name}.ipynb").read_text())["cells"],
+        )
         with plt.ioff():
             for cell in found:
                 if cell["cell_type"] == "code":

@@ -1,4 +1,7 @@
-"""What a user can get wrong: one line that names the fix, exit code 1 or 2, nothing written, no kernel started."""
+"""A user's mistakes: one line that names the fix, exit code 1 or 2.
+
+Nothing is written, and no kernel is started.
+"""
 
 import json
 
@@ -18,7 +21,11 @@ from vitnb.study import load_study, study_names
 def kernels(monkeypatch) -> list:
     """Notebooks that were executed, with their parameters, in place of running them."""
     started = []
-    monkeypatch.setattr(papermill, "execute_notebook", lambda path, out, parameters, **_: started.append(parameters))
+    monkeypatch.setattr(
+        papermill,
+        "execute_notebook",
+        lambda path, out, parameters, **_: started.append(parameters),
+    )
     return started
 
 
@@ -43,10 +50,15 @@ def refused(capsys, *words: str) -> str:
         (["evaluate", "-p", "batch_size", "["], "must be int, got '['"),
         (["evaluate", "-p", "batch_size", "0"], "at least 1"),
         (["finetune", "-p", "gradient_checkpointing", "1"], "must be true or false"),
-        (["evaluate", "-p", "study", "no/such/file.yaml"], "no study 'no/such/file.yaml'"),
+        (
+            ["evaluate", "-p", "study", "no/such/file.yaml"],
+            "no study 'no/such/file.yaml'",
+        ),
     ],
 )
-def test_a_mistake_is_refused_before_a_kernel_starts(capsys, kernels, outputs, words, fix):
+def test_a_mistake_is_refused_before_a_kernel_starts(
+    capsys, kernels, outputs, words, fix
+):
     before = sorted(outputs.rglob("*"))
     assert fix in refused(capsys, "run", *words)
     assert kernels == [] and sorted(outputs.rglob("*")) == before
@@ -55,7 +67,17 @@ def test_a_mistake_is_refused_before_a_kernel_starts(capsys, kernels, outputs, w
 def test_right_parameters_arrive_with_their_types(kernels, outputs):
     words = ["-p", "batch_size", "8", "-p", "variant", "int8-sdpa", "-p", "seed", "3"]
     assert cli.main(["run", "evaluate", *words]) == 0
-    words = ["-p", "gradient_checkpointing", "true", "-p", "targets", "mlp", "-p", "rank", "4"]
+    words = [
+        "-p",
+        "gradient_checkpointing",
+        "true",
+        "-p",
+        "targets",
+        "mlp",
+        "-p",
+        "rank",
+        "4",
+    ]
     assert cli.main(["run", "finetune", *words]) == 0
     assert kernels == [
         {"batch_size": 8, "variant": "int8-sdpa", "seed": 3},
@@ -64,16 +86,30 @@ def test_right_parameters_arrive_with_their_types(kernels, outputs):
 
 
 def test_numbers_as_people_write_them():
-    assert notebooks._typed("lr", "1e-3", "float") == 0.001 and notebooks._typed("lr", "2", "float") == 2.0
-    assert notebooks._typed("name", "007", "str") == "007" and notebooks._typed("on", "false", "bool") is False
-    for text, kind in (("x", "float"), ("true", "float"), ("", "int"), ("yes please", "bool")):
+    assert (
+        notebooks._typed("lr", "1e-3", "float") == 0.001
+        and notebooks._typed("lr", "2", "float") == 2.0
+    )
+    assert (
+        notebooks._typed("name", "007", "str") == "007"
+        and notebooks._typed("on", "false", "bool") is False
+    )
+    for text, kind in (
+        ("x", "float"),
+        ("true", "float"),
+        ("", "int"),
+        ("yes please", "bool"),
+    ):
         with pytest.raises(UserError, match="must be"):
             notebooks._typed("it", text, kind)
 
 
 def test_a_study_that_needs_a_gpu(capsys, kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for words in (["run", "finetune", "-p", "study", "flowers102"], ["study", "flowers102"]):
+    for words in (
+        ["run", "finetune", "-p", "study", "flowers102"],
+        ["study", "flowers102"],
+    ):
         assert "needs an NVIDIA GPU" in refused(capsys, *words)
     assert kernels == []
 
@@ -91,12 +127,18 @@ def test_a_missing_base_says_how_to_restore_it(capsys, mini_yaml, tmp_path):
     assert "no base model at" in refused(capsys, "study", str(path))
 
 
-def test_a_missing_checkpoint_names_the_command(capsys, mini_yaml, tmp_path, monkeypatch):
-    """Found by the notebook itself: its error comes out of the kernel as one line, and no record is written."""
+def test_a_missing_checkpoint_names_the_command(
+    capsys, mini_yaml, tmp_path, monkeypatch
+):
+    """The notebook's own error leaves the kernel as one line; no record is written."""
     monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
     line = refused(capsys, "run", "infer", "-p", "study", str(mini_yaml))
-    assert "no checkpoint at" in line and "python -m vitnb run finetune -p study" in line
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["infer.ipynb"]
+    assert (
+        "no checkpoint at" in line and "python -m vitnb run finetune -p study" in line
+    )
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [
+        "infer.ipynb"
+    ]
 
 
 def raises(monkeypatch, error: Exception) -> None:
@@ -108,33 +150,59 @@ def raises(monkeypatch, error: Exception) -> None:
     monkeypatch.setattr(papermill, "execute_notebook", execute)
 
 
-def test_an_error_nobody_foresaw_is_one_line_that_says_where_its_trace_is(capsys, mini_yaml, monkeypatch, outputs):
-    raises(monkeypatch, PapermillExecutionError(1, 3, "source", "RuntimeError", "it broke\nbadly", []))
+def test_an_error_nobody_foresaw_is_one_line_that_says_where_its_trace_is(
+    capsys, mini_yaml, monkeypatch, outputs
+):
+    raises(
+        monkeypatch,
+        PapermillExecutionError(1, 3, "source", "RuntimeError", "it broke\nbadly", []),
+    )
     line = refused(capsys, "run", "ablate", "-p", "study", str(mini_yaml))
     assert "cell 3 failed with RuntimeError: it broke" in line
     assert str(outputs / "mini" / "notebooks" / "ablate.ipynb") in line
 
 
 def test_a_killed_kernel_leaves_a_failed_row(capsys, mini_yaml, monkeypatch, tmp_path):
-    """The kernel could write no record itself; only evaluate has rows, and only there may a study go on."""
+    """A dead kernel writes no record; only an evaluate's row lets a study go on."""
     monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
     raises(monkeypatch, DeadKernelError("Kernel died"))
-    words = ["-p", "study", str(mini_yaml), "-p", "variant", "int8-sdpa", "-p", "batch_size", "2"]
+    words = [
+        "-p",
+        "study",
+        str(mini_yaml),
+        "-p",
+        "variant",
+        "int8-sdpa",
+        "-p",
+        "batch_size",
+        "2",
+    ]
     assert "out of memory" in refused(capsys, "run", "evaluate", *words)
     assert cli.main(["run", "evaluate", *words, "--allow-failed"]) == 0
     (path,) = (tmp_path / "mini" / "records").iterdir()
     record = json.loads(path.read_text())
     assert path.name == "evaluate-int8-sdpa-b2.json"
     assert record["status"] == "failed" and "out of memory" in record["reason"]
-    assert (record["asked"]["variant"], record["asked"]["batch_sizes"]) == ("int8-sdpa", [2])
-    assert "out of memory" in refused(capsys, "run", "infer", "-p", "study", str(mini_yaml), "--allow-failed")
+    assert (record["asked"]["variant"], record["asked"]["batch_sizes"]) == (
+        "int8-sdpa",
+        [2],
+    )
+    assert "out of memory" in refused(
+        capsys, "run", "infer", "-p", "study", str(mini_yaml), "--allow-failed"
+    )
     assert len(list(path.parent.iterdir())) == 1
 
 
 def test_a_report_without_records(capsys, outputs, tmp_path):
-    for words in (["report", "embedded"], ["publish", "embedded", "--to", str(tmp_path / "published")]):
+    for words in (
+        ["report", "embedded"],
+        ["publish", "embedded", "--to", str(tmp_path / "published")],
+    ):
         assert "python -m vitnb study embedded" in refused(capsys, *words)
-    assert not (outputs / "embedded" / "report.html").exists() and not (tmp_path / "published").exists()
+    assert (
+        not (outputs / "embedded" / "report.html").exists()
+        and not (tmp_path / "published").exists()
+    )
 
 
 def test_commands_that_are_none(capsys):
@@ -147,8 +215,20 @@ def test_commands_that_are_none(capsys):
 def test_variants_are_listed(capsys):
     assert cli.main(["variants"]) == 0
     *listed, rest = capsys.readouterr().out.splitlines()
-    assert {"fp32-sdpa", "nf4-sdpa", "int8-sdpa", "nf4-fa2", "int8-fa2", "bf16-sdpa", "fp32-math"} == set(listed)
-    assert "fp8" in rest and "mem-efficient" in rest and "engine eager, graph, compile, fused" in rest
+    assert {
+        "fp32-sdpa",
+        "nf4-sdpa",
+        "int8-sdpa",
+        "nf4-fa2",
+        "int8-fa2",
+        "bf16-sdpa",
+        "fp32-math",
+    } == set(listed)
+    assert (
+        "fp8" in rest
+        and "mem-efficient" in rest
+        and "engine eager, graph, compile, fused" in rest
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +258,9 @@ def test_variants_are_listed(capsys):
         ("name: ../elsewhere", "a folder below outputs/"),
     ],
 )
-def test_a_study_file_with_a_mistake(tmp_path, mini_yaml, capsys, kernels, outputs, text, fix):
+def test_a_study_file_with_a_mistake(
+    tmp_path, mini_yaml, capsys, kernels, outputs, text, fix
+):
     path, before = tmp_path / "mine.yaml", sorted(outputs.rglob("*"))
     kept = yaml.safe_load(mini_yaml.read_text())
     kept.pop(text.split(":")[0], None)
@@ -203,7 +285,9 @@ def test_a_study_file_that_is_a_list_or_lacks_a_field(tmp_path):
 
 def test_numbers_in_a_study_file_as_people_write_them(tmp_path, mini_yaml):
     path = tmp_path / "mine.yaml"
-    path.write_text(mini_yaml.read_text().replace("learning_rate: 0.003", "learning_rate: 3e-3"))
+    path.write_text(
+        mini_yaml.read_text().replace("learning_rate: 0.003", "learning_rate: 3e-3")
+    )
     assert load_study(str(path)).finetune.learning_rate == 0.003
 
 

@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def ranges(lines: list[str]) -> dict[str, str]:
     found = [Requirement(line) for line in lines]
-    return {canonicalize_name(requirement.name): str(requirement.specifier) for requirement in found}
+    return {
+        canonicalize_name(requirement.name): str(requirement.specifier)
+        for requirement in found
+    }
 
 
 def project() -> dict:
@@ -25,9 +28,17 @@ def test_conda_and_pip_ask_for_the_same():
     from_pip = next(entry["pip"] for entry in listed if isinstance(entry, dict))
     conda = ranges([entry for entry in listed if isinstance(entry, str)] + from_pip)
     python = SpecifierSet(conda.pop("python"))
-    assert set(SpecifierSet(project()["requires-python"])) <= set(python), "conda may narrow the range, never widen it"
-    assert python.contains("3.11") and not python.contains("3.14") and conda.pop("pip") == ""
-    assert conda == ranges(project()["dependencies"] + project()["optional-dependencies"]["gpu"])
+    assert set(SpecifierSet(project()["requires-python"])) <= set(python), (
+        "conda may narrow the range, never widen it"
+    )
+    assert (
+        python.contains("3.11")
+        and not python.contains("3.14")
+        and conda.pop("pip") == ""
+    )
+    assert conda == ranges(
+        project()["dependencies"] + project()["optional-dependencies"]["gpu"]
+    )
     assert "flash-attn" in conda
 
 
@@ -44,7 +55,9 @@ def test_what_the_project_is_made_of_is_there():
         "seaborn",
         "scikit-learn",
     }
-    assert asked <= set(ranges(project()["dependencies"] + project()["optional-dependencies"]["gpu"]))
+    assert asked <= set(
+        ranges(project()["dependencies"] + project()["optional-dependencies"]["gpu"])
+    )
 
 
 def test_every_dependency_is_pinned_inside_its_range():
@@ -56,4 +69,6 @@ def test_every_dependency_is_pinned_inside_its_range():
     for line in project()["dependencies"]:
         requirement = Requirement(line)
         pin = pins[canonicalize_name(requirement.name)]
-        assert requirement.specifier.contains(pin), f"{requirement} does not allow the pinned {pin}"
+        assert requirement.specifier.contains(pin), (
+            f"{requirement} does not allow the pinned {pin}"
+        )

@@ -9,15 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import shape
-from PIL import Image
 from data.test_images import png
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import variants
-from vitnb.data import splits
+from vitnb import figures, inference, variants
 from vitnb.data.images import read_image
 from vitnb.errors import UserError
-from vitnb.figures import gallery
 from vitnb.inference import (
     COLUMNS,
     classify,
@@ -41,8 +39,14 @@ def folder(tmp_path):
     plain.save(root / "b" / "good.jpg")
     plain.convert("CMYK").save(root / "b" / "print.jpg")
     plain.convert("L").save(root / "b" / "grey.bmp")
-    plain.save(root / "b" / "moving.gif", save_all=True, append_images=[shape("ring", random, 200)])
-    Image.fromarray(np.asarray(plain.convert("L")).astype(np.uint16) * 257).save(root / "b" / "deep.png")
+    plain.save(
+        root / "b" / "moving.gif",
+        save_all=True,
+        append_images=[shape("ring", random, 200)],
+    )
+    Image.fromarray(np.asarray(plain.convert("L")).astype(np.uint16) * 257).save(
+        root / "b" / "deep.png"
+    )
     (root / "b" / "cut.jpg").write_bytes((root / "b" / "good.jpg").read_bytes()[:1500])
     (root / "b" / "text.png").write_text("hello")
     (root / "b" / "empty.png").write_bytes(b"")
@@ -61,7 +65,9 @@ def test_every_file_has_its_row_and_bad_ones_their_reason(mini, loaded, folder):
     assert names == sorted(names) and len(names) == 78 and speed > 0
     assert {row["path"] for row in rows if row["error"]} == BAD
     for row in rows:
-        assert bool(row["error"]) != bool(row["top1"]), "a row has either names or a reason"
+        assert bool(row["error"]) != bool(row["top1"]), (
+            "a row has either names or a reason"
+        )
         assert str(folder) not in row["error"]
 
 
@@ -76,7 +82,9 @@ def test_names_and_probabilities_are_plain_transformers(mini, loaded, folder):
         if row["error"]:
             continue
         with torch.inference_mode():
-            logits = model(**processor(read_image(folder / row["path"]), return_tensors="pt")).logits[0]
+            logits = model(
+                **processor(read_image(folder / row["path"]), return_tensors="pt")
+            ).logits[0]
         ps, order = logits.softmax(-1).sort(descending=True)
         for k in range(4):
             assert float(row[f"p{k + 1}"]) == pytest.approx(ps[k].item(), abs=1e-4)
@@ -87,17 +95,23 @@ def test_names_and_probabilities_are_plain_transformers(mini, loaded, folder):
 
 def test_the_csv_reads_back(mini, loaded, folder, tmp_path):
     rows, _ = classify(loaded, *find_pictures(mini, str(folder))[1::-1])
-    table = pd.read_csv(write_predictions(rows, tmp_path / "out" / "p.csv"), keep_default_na=False)
+    table = pd.read_csv(
+        write_predictions(rows, tmp_path / "out" / "p.csv"), keep_default_na=False
+    )
     assert list(table.columns) == COLUMNS and len(table) == 78
     assert set(table.path[table.error != ""]) == BAD
     good = table[table.error == ""]
     probabilities = good[["p1", "p2", "p3", "p4"]].astype(float).to_numpy()
-    assert (np.diff(probabilities) <= 0).all() and np.abs(probabilities.sum(1) - 1).max() < 5e-4
+    assert (np.diff(probabilities) <= 0).all() and np.abs(
+        probabilities.sum(1) - 1
+    ).max() < 5e-4
 
 
 def test_the_test_split_is_the_default(mini):
     root, paths, named = find_pictures(mini, None)
-    assert len(paths) == 24 and all(path.is_relative_to(root) and "/test/" in path.as_posix() for path in paths)
+    assert len(paths) == 24 and all(
+        path.is_relative_to(root) and "/test/" in path.as_posix() for path in paths
+    )
     assert named == [path.parent.name for path in paths]
 
 
@@ -109,34 +123,50 @@ def test_folders_without_images(mini, tmp_path):
 
 
 def test_a_folder_without_a_readable_picture(mini, loaded, tmp_path):
-    """Every row has its reason, and the figure is empty; the notebook goes on to its table and its record."""
+    """Every row has its reason, and the figure is empty: the notebook goes on."""
     (tmp_path / "text.png").write_text("hello")
     folder, paths, named = find_pictures(mini, str(tmp_path))
     rows, _ = classify(loaded, paths, folder)
     assert [row["path"] for row in rows] == ["text.png"] and rows[0]["error"]
-    assert not any(axis.images for axis in gallery.gallery(*gallery_entries(rows, paths, named)).axes)
+    assert not any(
+        axis.images
+        for axis in figures.gallery(*gallery_entries(rows, paths, named)).axes
+    )
 
 
 def test_pictures_for_the_eye(mini, loaded, folder):
     _, paths, named = find_pictures(mini, str(folder))
     rows, _ = classify(loaded, paths, folder)
     images, titles, right = gallery_entries(rows, paths, named, 10)
-    assert len(images) == len(titles) == len(right) == 10 and not any(right), "no folder here bears a class's name"
-    assert all(gallery_entries(rows, paths, [""] * len(paths), 10)[2]), "of which nothing is known"
+    assert len(images) == len(titles) == len(right) == 10 and not any(right), (
+        "no folder here bears a class's name"
+    )
+    assert all(gallery_entries(rows, paths, [""] * len(paths), 10)[2]), (
+        "of which nothing is known"
+    )
 
 
 def hostile(root) -> tuple[set[str], dict[str, str]]:
-    """Odd and hostile files: the names of those that can be read, and what the reason of each other begins with."""
+    """Write odd and hostile files.
+
+    Returns the names of the readable ones, and the beginning of each other's reason.
+    """
     root.mkdir()
     plain = shape("cross", np.random.RandomState(9), 60)
     exif = Image.Exif()
     exif[0x0112] = 6
+    deep = np.asarray(plain.convert("L")).astype(np.uint16) * 257
     odd = {
-        "plain.png": plain, "grey.png": plain.convert("L"), "ink.tif": plain.convert("CMYK"), "ink.jpg": plain.convert("CMYK"),
-        "palette.gif": plain.convert("P"), "palette.png": plain.convert("P"), "bits.png": plain.convert("1"),
-        "alpha.png": plain.convert("RGBA"), "grey-alpha.png": plain.convert("LA"), "lab.tif": plain.convert("LAB"),
-        "small.png": plain.resize((1, 1)), "thin.png": plain.resize((1, 3000)), "flat.png": plain.resize((3000, 3)),
-        "deep.png": Image.fromarray(np.asarray(plain.convert("L")).astype(np.uint16) * 257), "icon.ico": plain,
+        "plain.png": plain, "grey.png": plain.convert("L"),
+        "ink.tif": plain.convert("CMYK"), "ink.jpg": plain.convert("CMYK"),
+        "palette.gif": plain.convert("P"), "palette.png": plain.convert("P"),
+        "bits.png": plain.convert("1"),
+        "alpha.png": plain.convert("RGBA"), "grey-alpha.png": plain.convert("LA"),
+        "lab.tif": plain.convert("LAB"),
+        "small.png": plain.resize((1, 1)), "thin.png": plain.resize((1, 3000)),
+        "flat.png": plain.resize((3000, 3)),
+        "deep.png": Image.fromarray(deep),
+        "icon.ico": plain,
         "Blüte 花.png": plain, "two\nlines.png": plain, "capital.JPEG": plain,
     }  # fmt: skip
     for name, image in odd.items():
@@ -147,19 +177,33 @@ def hostile(root) -> tuple[set[str], dict[str, str]]:
     whole = (root / "plain.png").read_bytes()
     (root / "really-a-png.jpg").write_bytes(whole)
     (root / "no-ending").write_bytes(whole)
-    with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:  # a name that is no UTF-8
+    with open(
+        os.fsencode(root) + b"/caf\xe9.png", "wb"
+    ) as file:  # a name that is no UTF-8
         file.write(whole)
-    good = {*odd, "turned.jpg", "moving.gif", "moving.png", "pages.tif", "really-a-png.jpg", "no-ending"}
+    good = {
+        *odd,
+        "turned.jpg",
+        "moving.gif",
+        "moving.png",
+        "pages.tif",
+        "really-a-png.jpg",
+        "no-ending",
+    }
     good = good - {"two\nlines.png"} | {"two\\nlines.png", "caf\\udce9.png"}
     Image.fromarray(np.ones((4, 4), np.float32)).save(root / "float.tif")
     Image.fromarray(np.full((4, 4), 10**6, np.int32)).save(root / "wide.tif")
     plain.save(root / "program.eps")
     jpeg = (root / "capital.JPEG").read_bytes()
     written = {
-        "empty.png": b"", "text.png": b"hello", "page.jpg": b"<html></html>", "archive.jpg": b"PK\3\4" + bytes(40),
-        "cut.png": whole[: len(whole) // 2], "cut.jpg": jpeg[: len(jpeg) // 2], "head.gif": b"GIF89a" + bytes(7),
-        "flipped.png": whole[:60] + bytes([whole[60] ^ 255]) + whole[61:], "bomb.png": png(60_000, 60_000, 8, 2, b""),
-        "phone.heic": b"\0\0\0\x18ftypheic", "drawing.svg": b"<svg/>", "noise.webp": bytes(range(256)), "paper.pdf": b"%PDF-1.7",
+        "empty.png": b"", "text.png": b"hello", "page.jpg": b"<html></html>",
+        "archive.jpg": b"PK\3\4" + bytes(40),
+        "cut.png": whole[: len(whole) // 2], "cut.jpg": jpeg[: len(jpeg) // 2],
+        "head.gif": b"GIF89a" + bytes(7),
+        "flipped.png": whole[:60] + bytes([whole[60] ^ 255]) + whole[61:],
+        "bomb.png": png(60_000, 60_000, 8, 2, b""),
+        "phone.heic": b"\0\0\0\x18ftypheic", "drawing.svg": b"<svg/>",
+        "noise.webp": bytes(range(256)), "paper.pdf": b"%PDF-1.7",
         "tiff.tif": b"II*\0" + b"\xff" * 60,
     }  # fmt: skip
     for name, content in written.items():
@@ -170,34 +214,54 @@ def hostile(root) -> tuple[set[str], dict[str, str]]:
     (root / "folder.png").mkdir()
     (root / ".hidden.png").write_bytes(b"")
     bad = dict.fromkeys(written, "") | {
-        "empty.png": "the file is empty", "text.png": "not a picture", "page.jpg": "not a picture", "bomb.png": "more than 89 million",
-        "phone.heic": "Pillow does not read .heic", "drawing.svg": "Pillow does not read .svg", "float.tif": "floating point",
-        "wide.tif": "32-bit", "program.eps": "EPS is a program", "pipe.png": "not a file", "dead.png": "not a file",
+        "empty.png": "the file is empty", "text.png": "not a picture",
+        "page.jpg": "not a picture",
+        "bomb.png": "more than 89 million",
+        "phone.heic": "Pillow does not read .heic",
+        "drawing.svg": "Pillow does not read .svg", "float.tif": "floating point",
+        "wide.tif": "32-bit", "program.eps": "EPS is a program",
+        "pipe.png": "not a file", "dead.png": "not a file",
     }  # fmt: skip
     return good, bad
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged files
 def test_odd_and_hostile_files_in_one_folder(mini, loaded, tmp_path):
-    """None of them ends inference: what can be read is named, and every other is listed with its reason."""
+    """Readable files are classified; every other is listed with its reason."""
     good, bad = hostile(tmp_path / "pile")
     folder, paths, named = find_pictures(mini, str(tmp_path / "pile"))
     rows, _ = classify(loaded, paths, folder)
     assert len(good) >= 20 and len(bad) >= 17 and len(rows) == len(good) + len(bad)
     assert {row["path"] for row in rows if not row["error"]} == good
     for row in rows:
-        assert bool(row["error"]) != bool(row["top1"]) and row["path"].isprintable() and row["error"].isprintable()
-        assert row["error"].startswith(bad.get(row["path"], "")) and str(tmp_path) not in row["error"]
-    table = pd.read_csv(write_predictions(rows, tmp_path / "named.csv"), keep_default_na=False)
-    assert set(table.path[table.error == ""]) == good and set(table.path[table.error != ""]) == set(bad)
+        assert (
+            bool(row["error"]) != bool(row["top1"])
+            and row["path"].isprintable()
+            and row["error"].isprintable()
+        )
+        assert (
+            row["error"].startswith(bad.get(row["path"], ""))
+            and str(tmp_path) not in row["error"]
+        )
+    table = pd.read_csv(
+        write_predictions(rows, tmp_path / "named.csv"), keep_default_na=False
+    )
+    assert set(table.path[table.error == ""]) == good and set(
+        table.path[table.error != ""]
+    ) == set(bad)
     assert len(gallery_entries(rows, paths, named, 100)[0]) == len(good)
     same = {row["path"]: row["p1"] for row in rows}
-    assert same["plain.png"] == same["really-a-png.jpg"] == same["moving.png"] == same["caf\\udce9.png"]
+    assert (
+        same["plain.png"]
+        == same["really-a-png.jpg"]
+        == same["moving.png"]
+        == same["caf\\udce9.png"]
+    )
 
 
 def test_one_picture_in_memory_at_a_time(mini, loaded, folder, monkeypatch):
     """A batch of photographs of 50 megapixels would take ten gigabytes."""
-    seen, most, read = [], [], splits.read
+    seen, most, read = [], [], inference.read_image
 
     def counted(path):
         image = read(path)
@@ -206,6 +270,6 @@ def test_one_picture_in_memory_at_a_time(mini, loaded, folder, monkeypatch):
         most.append(sum(one() is not None for one in seen))
         return image
 
-    monkeypatch.setattr(splits, "read", counted)
+    monkeypatch.setattr(inference, "read_image", counted)
     classify(loaded, sorted((folder / "a").iterdir())[:20], folder)
     assert len(most) == 20 and max(most) <= 2

@@ -1,4 +1,7 @@
-"""The notebooks: lessons that run from the top, headless and by hand alike, and whose stored outputs guard their results."""
+"""The notebooks: they run from the top, headless and by hand alike.
+
+Their stored outputs guard their results.
+"""
 
 import ast
 import json
@@ -23,7 +26,15 @@ from vitnb.study import load_study
 NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
 ROOT = Path(__file__).resolve().parent.parent
 TYPED_BY_USERS = {
-    "finetune": {"study", "seed", "rank", "alpha", "targets", "epochs", "base_precision"},
+    "finetune": {
+        "study",
+        "seed",
+        "rank",
+        "alpha",
+        "targets",
+        "epochs",
+        "base_precision",
+    },
     "evaluate": {"study", "seed", "variant", "batch_size", "device"},
     "ablate": {"study", "seed"},
     "infer": {"study", "seed", "variant", "images"},
@@ -44,14 +55,19 @@ def test_parameters_are_typed_and_explained(name):
     known = papermill.inspect_notebook(str(notebooks.FOLDER / f"{name}.ipynb"))
     assert TYPED_BY_USERS[name] <= set(known)
     for parameter, about in known.items():
-        assert about["inferred_type_name"] in notebooks.TYPES and len(about["help"]) > 5, parameter
+        assert (
+            about["inferred_type_name"] in notebooks.TYPES and len(about["help"]) > 5
+        ), parameter
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logic_lives_in_the_package(name):
     lines = 0
     for cell in code(name):
-        lines += sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
+        lines += sum(
+            bool(line.strip()) and not line.strip().startswith("#")
+            for line in cell.source.splitlines()
+        )
         defined = [
             node
             for node in ast.walk(ast.parse(cell.source))
@@ -63,15 +79,23 @@ def test_logic_lives_in_the_package(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_outputs_are_those_of_one_run_from_the_top(name):
-    """nbval passes a checked cell without outputs, so this makes sure that there are some to compare with."""
+    """nbval passes a checked cell without outputs: there must be some."""
     found = code(name)
     assert [cell.execution_count for cell in found] == list(range(1, len(found) + 1))
-    checked = [cell for cell in found if "nbval-check-output" in cell.metadata.get("tags", [])]
+    checked = [
+        cell for cell in found if "nbval-check-output" in cell.metadata.get("tags", [])
+    ]
     assert checked and all(cell.outputs for cell in checked)
     outputs = [output for cell in found for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/", json.dumps(outputs))
-    assert name == "infer" or any("image/png" in output.get("data", {}) for output in outputs)
+    assert name == "infer" or any(
+        "image/png" in output.get("data", {}) for output in outputs
+    )
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
@@ -80,17 +104,37 @@ def test_the_stored_verdicts_are_good(name):
     assert "as expected" in text and "NOT as expected" not in text
 
 
-def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_path, monkeypatch):
+def test_vitnb_run_and_plain_papermill_do_the_same_work(
+    mini, mini_yaml, tmp_path, monkeypatch
+):
     """The same record, from another working directory as well."""
     path = mini.outputs / "records" / "evaluate-nf4-fa2.json"
-    assert cli.main(["run", "evaluate", "-p", "study", str(mini_yaml), "-p", "variant", "nf4-fa2"]) == 0
+    assert (
+        cli.main(
+            [
+                "run",
+                "evaluate",
+                "-p",
+                "study",
+                str(mini_yaml),
+                "-p",
+                "variant",
+                "nf4-fa2",
+            ]
+        )
+        == 0
+    )
     one = json.loads(path.read_text())
     path.unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     parameters = {"study": str(mini_yaml), "variant": "nf4-fa2"}
     papermill.execute_notebook(
-        str(notebooks.FOLDER / "evaluate.ipynb"), "out.ipynb", parameters, kernel_name="python3", progress_bar=False
+        str(notebooks.FOLDER / "evaluate.ipynb"),
+        "out.ipynb",
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
     )
     two = json.loads(path.read_text())
     assert one.keys() == two.keys()
@@ -105,31 +149,50 @@ def test_vitnb_run_and_plain_papermill_do_the_same_work(mini, mini_yaml, tmp_pat
         "versions",
     ):
         assert one[key] == two[key], key
-    assert one["predictions"]["labels"] == load_split(mini, "test").labels, "scored on the images that chose nothing"
-    assert [t["batch_size"] for t in one["timings"]] == [t["batch_size"] for t in two["timings"]]
+    assert one["predictions"]["labels"] == load_split(mini, "test").labels, (
+        "scored on the images that chose nothing"
+    )
+    assert [t["batch_size"] for t in one["timings"]] == [
+        t["batch_size"] for t in two["timings"]
+    ]
 
 
-def test_a_variant_that_fails_keeps_its_row(mini, mini_yaml, tmp_path, monkeypatch, capsys):
+def test_a_variant_that_fails_keeps_its_row(
+    mini, mini_yaml, tmp_path, monkeypatch, capsys
+):
     """Here: an "nf4" checkpoint in which nothing is quantized."""
     merged = mini.checkpoint("merged")
     monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
     for name in ("merged", "nf4"):
         shutil.copytree(merged, mini.checkpoint(name))
-    words = ["run", "evaluate", "-p", "study", str(mini_yaml), "-p", "variant", "nf4-sdpa"]
+    words = [
+        "run",
+        "evaluate",
+        "-p",
+        "study",
+        str(mini_yaml),
+        "-p",
+        "variant",
+        "nf4-sdpa",
+    ]
     assert cli.main(words) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "is not quantized" in line and "its row stays in the table" in line
-    record = json.loads((tmp_path / "mini" / "records" / "evaluate-nf4-sdpa.json").read_text())
+    record = json.loads(
+        (tmp_path / "mini" / "records" / "evaluate-nf4-sdpa.json").read_text()
+    )
     assert record["status"] == "failed" and "is not quantized" in record["reason"]
     assert cli.main([*words, "--allow-failed"]) == 0
     assert cli.main(["report", str(mini_yaml)]) == 0
     rows = (tmp_path / "mini" / "summary.csv").read_text().splitlines()
-    assert len(rows) == 3 and all("failed" in row and "is not quantized" in row for row in rows[1:])
+    assert len(rows) == 3 and all(
+        "failed" in row and "is not quantized" in row for row in rows[1:]
+    )
     assert "is not quantized" in (tmp_path / "mini" / "report.html").read_text()
 
 
 def test_a_random_head_fails_the_checked_cells(tmp_path):
-    """The guard works: the stored outputs of evaluate, against a model that has not learned its classes."""
+    """The guard works: evaluate's stored outputs refuse an untrained model."""
     study = load_study("embedded")
     names = sorted(path.name for path in (ROOT / "data" / "garden" / "train").iterdir())
     torch.manual_seed(0)
@@ -139,7 +202,9 @@ def test_a_random_head_fails_the_checked_cells(tmp_path):
     AutoModelForImageClassification.from_pretrained(
         folder / "merged", dtype=torch.bfloat16, quantization_config=settings
     ).save_pretrained(folder / "nf4")
-    checkpoints.load_processor(pretrained.find_base(study)).save_pretrained(folder / "nf4")
+    checkpoints.load_processor(pretrained.find_base(study)).save_pretrained(
+        folder / "nf4"
+    )
     words = [
         "-m",
         "pytest",
@@ -151,7 +216,9 @@ def test_a_random_head_fails_the_checked_cells(tmp_path):
         "notebooks/evaluate.ipynb",
     ]
     env = os.environ | {"VITNB_OUTPUTS": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, *words], env=env, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, *words], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert ended.returncode == 1, ended.stdout
     assert "NOT as expected" in ended.stdout and "1 failed" in ended.stdout, (
         "the cell of the scores fails, and no other"

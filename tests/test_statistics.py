@@ -1,4 +1,4 @@
-"""Intervals and tests, against closed forms, SciPy, and worlds in which the truth is known."""
+"""Intervals and tests, against closed forms, SciPy, and worlds of known truth."""
 
 import numpy as np
 import pytest
@@ -8,18 +8,22 @@ from vitnb import statistics
 
 
 def test_percentiles_of_independent_samples_cover_the_truth():
-    """95% intervals of a p50 and a p95 whose true values are known hold them in about 95 of 100 draws."""
+    """95% intervals hold a known p50 and p95 in about 95 of 100 draws."""
     random, hits = np.random.default_rng(1), np.zeros(2)
     truth = stats.lognorm(0.3).ppf([0.5, 0.95])
     for _ in range(200):
         found = statistics.percentiles(random.lognormal(0, 0.3, 400), [0.5, 0.95])
-        hits += [low <= t <= high for t, (_, low, high) in zip(truth, found, strict=True)]
+        hits += [
+            low <= t <= high for t, (_, low, high) in zip(truth, found, strict=True)
+        ]
     assert (hits >= 175).all() and (hits <= 199).all()
 
 
 def test_percentiles_are_numpys_and_lie_inside_their_intervals():
     samples = np.random.default_rng(2).gamma(3, size=500)
-    for share, (value, low, high) in zip((0.5, 0.95), statistics.percentiles(samples, [0.5, 0.95]), strict=True):
+    for share, (value, low, high) in zip(
+        (0.5, 0.95), statistics.percentiles(samples, [0.5, 0.95]), strict=True
+    ):
         assert value == np.quantile(samples, share) and low < value < high
 
 
@@ -49,7 +53,7 @@ def test_wilson_by_its_formula():
 
 
 def test_mcnemar_counts_only_what_differs():
-    """6 images that only a gets right and 1 that only b does: both tails of 7 coin flips."""
+    """6 images right in a alone, 1 in b alone: both tails of 7 coin flips."""
     a = np.array([1] * 90 + [1] * 6 + [0] * 1 + [0] * 3, dtype=bool)
     b = np.array([1] * 90 + [0] * 6 + [1] * 1 + [0] * 3, dtype=bool)
     assert statistics.mcnemar(a, b) == (6, 1, pytest.approx(2 * (1 + 7) / 2**7))
@@ -65,13 +69,19 @@ def test_paired_points_by_hand():
 
 
 def test_holm_by_hand():
-    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, 0.06, 0.02]
+    )
     assert statistics.holm([0.9, 0.6]) == [1.0, 1.0]
 
 
 def test_farther_is_scipys_one_sided_test():
     a, b = np.random.default_rng(5).random((2, 40))
-    assert statistics.paired_t_pvalue(a + 0.3, b) == stats.ttest_rel(a + 0.3, b).pvalue / 2 < 0.01
+    assert (
+        statistics.paired_t_pvalue(a + 0.3, b)
+        == stats.ttest_rel(a + 0.3, b).pvalue / 2
+        < 0.01
+    )
     assert statistics.paired_t_pvalue(b, a + 0.3) > 0.9
     assert statistics.paired_t_pvalue(a, a) == 1.0
 
@@ -80,7 +90,9 @@ def test_a_ratio_is_that_of_times_that_scale():
     random = np.random.default_rng(6)
     b = random.lognormal(1, 0.02, 60)
     found = statistics.ratio(1.25 * b * random.lognormal(0, 0.01, 60), b)
-    assert found.low < 1.25 < found.high and found.ratio == pytest.approx(1.25, rel=0.01)
+    assert found.low < 1.25 < found.high and found.ratio == pytest.approx(
+        1.25, rel=0.01
+    )
     assert found.different and found.p < 1e-6 and found.samples == 60
     turned = statistics.ratio(b, b * 1.25)
     assert turned.ratio == pytest.approx(0.8)
@@ -98,16 +110,25 @@ def test_the_interval_and_scipys_p_value_decide_alike():
 
 
 def test_false_alarms_are_as_rare_as_stated():
-    """2,000 pairs that are the same, with noise of heavy tails: 0.2% is 4; more than 12 has a chance of 1 in 3,000."""
+    """Of 2,000 equal pairs with heavy-tailed noise 0.2% is 4.
+
+    More than 12 has a chance of 1 in 3,000.
+    """
     random = np.random.default_rng(8)
-    alarms = sum(statistics.ratio(*np.exp(0.05 * random.standard_t(2, (2, 40)))).different for _ in range(2000))
+    alarms = sum(
+        statistics.ratio(*np.exp(0.05 * random.standard_t(2, (2, 40)))).different
+        for _ in range(2000)
+    )
     assert alarms <= 12
 
 
 def test_a_two_percent_difference_is_seen_through_one_percent_noise():
     random = np.random.default_rng(9)
     seen = sum(
-        statistics.ratio(*np.exp(0.01 * random.normal(size=(2, 60)) + [[0.02], [0]])).different for _ in range(100)
+        statistics.ratio(
+            *np.exp(0.01 * random.normal(size=(2, 60)) + [[0.02], [0]])
+        ).different
+        for _ in range(100)
     )
     assert seen == 100
 

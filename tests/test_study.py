@@ -1,282 +1,371 @@
-"""A whole study, as `vitnb study` runs it: what is made, what is made again, and that every number follows from a record."""
+"""A study's file: what may stand in it, and each mistake in one line."""
 
-import base64
 import json
-import math
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 
-import numpy as np
-import pandas as pd
 import pytest
-from sklearn.metrics import f1_score, top_k_accuracy_score
+import yaml
 
-from vitnb.report.page import write_report
-from vitnb.study import load_study
+from vitnb import study
+from vitnb.errors import UserError
+from vitnb.study import (
+    ROOT,
+    Compare,
+    Finetune,
+    Latency,
+    Pretrain,
+    Study,
+    load_study,
+    study_names,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-FIGURES = [
-    f"figures/{name}.png"
-    for name in [
-        "accuracy_latency",
-        "accuracy_size",
-        "effects",
-        "ends",
-        "kernels",
+# Every field of every section: values that fit, and values beyond its limits.
+COUNT, POSITIVE, NOT_NEGATIVE = (
+    ([1, 2], [0, -1]),
+    ([1e-9, 1, 2.5], [0, -0.1]),
+    ([0, 0.0, 3.5], [-0.1, -1]),
+)
+SHARE, BELOW_ONE = ([1e-6, 0.5, 1], [0, 1.01, -0.5]), ([0, 0.5, 0.99], [1, 1.5, -0.1])
+SECTIONS = {
+    "finetune": Finetune,
+    "latency": Latency,
+    "compare": Compare,
+    "pretrain": Pretrain,
+}
+LIMITS = {
+    "finetune": {
+        "epochs": COUNT,
+        "patience": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": POSITIVE,
+        "dropout": BELOW_ONE,
+        "crop_scale": SHARE,
+        "label_smoothing": BELOW_ONE,
+        "seeds": COUNT,
+    },
+    "latency": {"samples": COUNT, "seconds": POSITIVE},
+    "compare": {
+        "rounds": COUNT,
+        "seconds": POSITIVE,
+        "forwards": COUNT,
+        "processes": COUNT,
+    },
+    "pretrain": {
+        "hidden_size": ([2, 4], [0, -2]),  # the two heads divide it
+        "layers": COUNT,
+        "heads": COUNT,
+        "patch_size": COUNT,
+        "image_size": ([8, 16], [0, -8]),  # the patches divide it
+        "drawn_size": COUNT,
+        "residual_scale": NOT_NEGATIVE,
+        "steps": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": POSITIVE,
+        "warmup_steps": COUNT,
+        "keep_tokens": SHARE,
+        "full_steps": ([0, 7], [-1]),
+        "minutes": NOT_NEGATIVE,
+    },
+}
+FIELDS = [(section, key) for section, table in LIMITS.items() for key in table]
+
+
+def is_count(section: str, key: str) -> bool:
+    return isinstance(getattr(SECTIONS[section](), key), int)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Load a study that is made of these lines and of what every study must have."""
+    path = tmp_path / "mine.yaml"
+
+    def load(text: str, leave_out: tuple = ()) -> Study:
+        needed = {"title": "t", "question": "q", "data": "garden", "base": "data/base"}
+        given = {line.split(":")[0] for line in text.splitlines()}
+        lines = [
+            f"{key}: {value}"
+            for key, value in needed.items()
+            if key not in given and key not in leave_out
+        ]
+        path.write_text("\n".join([*lines, text]) + "\n")
+        return load_study(str(path))
+
+    return load
+
+
+@pytest.fixture
+def refused(read, tmp_path):
+    """Return the line in which a study is refused, without the file's path.
+
+    The line must begin with that path.
+    """
+
+    def line(text: str, **asked) -> str:
+        with pytest.raises(UserError) as told:
+            read(text, **asked)
+        said, path = str(told.value), f"{tmp_path / 'mine.yaml'}: "
+        assert said.startswith(path) and "\n" not in said and "pydantic" not in said
+        return said.removeprefix(path)
+
+    return line
+
+
+def without_base(section: str) -> tuple:
+    return ("base",) if section == "pretrain" else ()
+
+
+def test_the_table_of_limits_has_every_field():
+    for section, kind in SECTIONS.items():
+        assert list(LIMITS[section]) == [field.name for field in fields(kind)]
+
+
+@pytest.mark.parametrize(("section", "key"), FIELDS)
+def test_a_field_s_limits(read, refused, section, key):
+    fit, beyond = LIMITS[section][key]
+    for value in fit:
+        loaded = read(f"{section}: {{{key}: {value}}}", without_base(section))
+        assert getattr(getattr(loaded, section), key) == value
+    for value in [*beyond, *([] if is_count(section, key) else [".nan", ".inf"])]:
+        line = refused(
+            f"{section}: {{{key}: {value}}}", leave_out=without_base(section)
+        )
+        assert line.startswith(
+            f"{section}: '{key}' cannot be {str(value).removeprefix('.')}: it must be "
+        )
+
+
+@pytest.mark.parametrize(("section", "key"), FIELDS)
+def test_a_field_s_type(read, refused, section, key):
+    kind, asked = (
+        ("int" if is_count(section, key) else "float"),
+        {"leave_out": without_base(section)},
+    )
+    for value in (True, False, "many", [1], {"a": 1}, None):
+        line = refused(f"{section}: {{{key}: {json.dumps(value)}}}", **asked)
+        assert line == f"{section}: '{key}' must be {kind}, got {value!r}"
+    if kind == "int":
+        for value in ("1.0", "1.5", "1e3", "'1'"):
+            assert f"{section}: '{key}' must be int, got " in refused(
+                f"{section}: {{{key}: {value}}}", **asked
+            )
+    else:
+        loaded = read(
+            f"{section}: {{{key}: 5e-1}}", without_base(section)
+        )  # to YAML a string
+        assert getattr(getattr(loaded, section), key) == 0.5
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_unknown_key_in_a_section(refused, section):
+    for key in LIMITS[section]:
+        line = refused(f"{section}: {{{key}z: 1}}", leave_out=without_base(section))
+        assert line == f"{section}: unknown key '{key}z': did you mean '{key}'?"
+    assert refused(f"{section}: {{7: 1}}").startswith(
+        f"{section}: unknown key '7': choose one of: "
+    )
+    assert refused(f"{section}: {{yes: 1}}").startswith(
+        f"{section}: unknown key 'True': choose one of: "
+    )
+
+
+def test_an_unknown_key_of_a_study(refused):
+    for field in fields(Study):
+        assert (
+            refused(f"{field.name}z: 1")
+            == f"unknown key '{field.name}z': did you mean '{field.name}'?"
+        )
+    assert (
+        refused("titel: x", leave_out=("title",))
+        == "unknown key 'titel': did you mean 'title'?"
+    )
+    assert refused("true: 1").startswith("unknown key 'True': choose one of: name, ")
+
+
+def test_missing_keys(refused):
+    assert refused("title: x", leave_out=("question", "data")) == "lacks question, data"
+    assert refused("seed: x", leave_out=("title",)) == "'seed' must be int, got 'x'"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_that_is_no_mapping(refused, section):
+    for value in (5, "x", [1], []):
+        assert refused(f"{section}: {json.dumps(value)}") == (
+            f"{section}: expected a mapping of names to values, got {value!r}"
+        )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "finetune",
         "latency",
-        "layers",
-        "learning",
-        "size_memory",
-    ]
-]
+        "compare",
+        "pretrain",
+        "variants",
+        "peers",
+        "batch_sizes",
+        "waterfall",
+        "ablate_bits",
+        "plans",
+        "expected",
+    ],
+)
+def test_what_is_left_empty_is_as_if_it_were_not_there(read, key):
+    assert read(f"{key}:") == read(f"{key}:\n  # nothing yet") == read("seed: 0")
 
 
-def vitnb(*words: str, outputs: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"VITNB_OUTPUTS": str(outputs), "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "vitnb", *words], env=env, cwd=outputs, capture_output=True, text=True)
+def test_an_empty_pretrain_makes_no_base_and_an_empty_mapping_does(read, refused):
+    assert (
+        refused("pretrain:", leave_out=("base",))
+        == "lacks base, or pretrain to make one"
+    )
+    assert read("pretrain: {}", ("base",)).pretrain == Pretrain()
 
 
-@pytest.fixture(scope="module")
-def done(mini_yaml, tmp_path_factory) -> Path:
-    """The mini study's results, from an empty output root."""
-    root = tmp_path_factory.mktemp("study")
-    ended = vitnb("study", str(mini_yaml), outputs=root)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return root / "mini"
+def test_an_empty_list_of_variants_stays_a_mistake(refused):
+    assert refused("variants: []") == "variants must name at least one, got []"
+    assert (
+        refused("batch_sizes: []")
+        == "batch_sizes must be positive whole numbers, got []"
+    )
 
 
-def load(done: Path, name: str) -> dict:
-    return json.loads((done / "records" / f"{name}.json").read_text())
+@pytest.mark.parametrize(
+    "key", ["name", "title", "question", "data", "base", "infer_variant"]
+)
+def test_a_name_that_is_left_empty_is_a_mistake(refused, key):
+    assert refused(f"{key}:") == f"'{key}' must be str, got None"
 
 
-def test_what_a_study_leaves(done):
-    for name in (
-        "report.html",
-        "summary.csv",
-        "predictions.csv",
-        "ablation.csv",
-        "ratios.csv",
-        "accuracy.csv",
-        "claims.csv",
+@pytest.mark.parametrize(
+    "text",
+    ["3", "2024", "1.10", "007", "1_000", "0x10", "-1", ".5", "2024-01-31", ".inf"],
+)
+def test_a_name_that_looks_like_a_number_stays_as_it_is_written(read, refused, text):
+    for key in ("name", "title", "question", "data", "base", "get_data"):
+        assert getattr(read(f"{key}: {text}"), key) == text
+    assert list(read(f"expected: {{{text}: [0, 1]}}").expected) == [text]
+    for key in ("variants: [{}]", "infer_variant: {}"):
+        assert f"unknown variant '{text}'" in refused(key.format(text))
+    assert refused(f"peers: [{text}]").startswith(f"unknown peer '{text}': ")
+
+
+def test_plans_whose_names_look_like_numbers(read):
+    loaded = read(
+        "plans: {12: 0.1, 1.10: 1e-1, 007: 1}\nvariants: [plan:12-sdpa, plan:1.10-sdpa]"
+    )
+    assert loaded.plans == {"12": 0.1, "1.10": 0.1, "007": 1}
+
+
+@pytest.mark.parametrize("word", ["true", "no", "Off"])
+def test_true_and_false_are_no_names(read, refused, word):
+    value = yaml.safe_load(word)
+    for text, key in (
+        (f"title: {word}", "title"),
+        (f"name: {word}", "name"),
+        (f"variants: [{word}]", "variants"),
+        (f"plans: {{{word}: 0.1}}", "plans"),
+        (f"expected: {{{word}: [0, 1]}}", "expected"),
     ):
-        assert (done / name).stat().st_size > 100
-    assert {path.stem for path in (done / "records").iterdir()} == {
-        "finetune", "evaluate-fp32-sdpa", "evaluate-nf4-fa2", "ablate", "infer", "compare",
-    }  # fmt: skip
-    assert not [path for path in done.rglob(".*") if path.name != ".snakemake_timestamp"], (
-        "something half-written was left"
-    )
+        line = refused(text)
+        assert (
+            line.startswith(f"'{key}' must be ")
+            and str(value) in line
+            and line.endswith(" needs quotes")
+        )
+    assert read(f"title: '{word}'\nplans: {{'{word}': 1}}").title == word
 
 
-def test_the_report_is_one_file_that_names_every_variant(done):
-    page = (done / "report.html").read_text()
-    assert "fp32-sdpa" in page and "nf4-fa2" in page and page.count("data:image/png;base64") >= 7
-    assert 'src="http' not in page and 'href="http' not in page and "<script" not in page
-    for name in FIGURES:  # each is a file, too
-        assert base64.b64encode((done / name).read_bytes()).decode() in page
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 1.0", "'seed' must be int, got 1.0"),
+        ("requires: gpus", "requires may be 'gpu' or left out, got 'gpus'"),
+        ("ablate_bits: [4, 6]", "ablate_bits may hold 4 and 8, got [4, 6]"),
+        ("ablate_bits: [0]", "ablate_bits may hold 4 and 8, got [0]"),
+        ("ablate_bits: [16]", "ablate_bits may hold 4 and 8, got [16]"),
+        ("ablate_bits: [4.0]", "'ablate_bits' must be list[int], got [4.0]"),
+        (
+            "waterfall: [1, 0]",
+            "waterfall must hold positive whole numbers, batch sizes, got [1, 0]",
+        ),
+        ("batch_sizes: [-1]", "batch_sizes must be positive whole numbers, got [-1]"),
+        (
+            "plans: {p: 10.5}",
+            "plans: a name of letters and digits, and a share of bytes such as 0.12, "
+            "got 'p: 10.5'",
+        ),
+        ("plans: {p: x}", "'plans' must be dict[str, float], got {'p': 'x'}"),
+        ("plans: {p: true}", "'plans' must be dict[str, float], got {'p': True}"),
+        (
+            "plans: {p: .nan}",
+            "'plans' cannot be {'p': nan}: it must be a finite number",
+        ),
+        (
+            "expected: {a: [0, .nan]}",
+            "'expected' cannot be {'a': [0, nan]}: it must be a finite number",
+        ),
+        ("expected: {a: [1, 0]}", "expected: 'a' must be [low, high], got [1, 0]"),
+        ("expected: {a: [1]}", "expected: 'a' must be [low, high], got [1]"),
+        ("name: a/b", "name is that of a folder below outputs/, got 'a/b'"),
+        ("title: {a: b}", "'title' must be str, got {'a': 'b'}"),
+        (
+            "variants: [fp32-sdp]",
+            "unknown variant 'fp32-sdp': did you mean 'fp32-sdpa'?",
+        ),
+        ("seed: 2024-13-01", "not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_what_a_study_cannot_hold(refused, text, line):
+    assert refused(text) == line
 
 
-def test_summary_follows_from_the_raw_records(done):
-    """Every value of summary.csv again, from raw samples and predictions, without the package."""
-    table = pd.read_csv(done / "summary.csv")
-    assert list(zip(table.variant, table.batch_size, strict=True)) == [
-        ("fp32-sdpa", 1), ("fp32-sdpa", 3), ("nf4-fa2", 1), ("nf4-fa2", 3),
-    ]  # fmt: skip
-    checked = {"variant", "batch_size"}
-    for row in table.to_dict("records"):
-        record = load(done, row["record"])
-        timing = next(t for t in record["timings"] if t["batch_size"] == row["batch_size"])
-        trace = next(t for t in record["traces"] if t["batch_size"] == row["batch_size"])
-        samples = sorted(timing["device_ms"] or timing["host_ms"])
-        peaks = next(p for p in record["memory"] if p["batch_size"] == row["batch_size"])
-        roof, p50 = record["roofline"], np.median(samples) / 1e3
-        labels, top5 = np.array(record["predictions"]["labels"]), np.array(record["predictions"]["top5"])
-        classes = top5.max() + 1
-        ranks = np.zeros((len(labels), classes))  # a score for scikit-learn: the likelier, the higher
-        for k in range(top5.shape[1]):
-            ranks[np.arange(len(labels)), top5[:, k]] = 10 - k
+def test_numbers_stay_as_they_are_written(read):
+    """Whole numbers stay whole: records hold the values as they were written.
 
-        def percentile(share, samples=samples):
-            """Linear between the two nearest ranks."""
-            at = share * (len(samples) - 1)
-            low = math.floor(at)
-            return samples[low] + (at - low) * (samples[min(low + 1, len(samples) - 1)] - samples[low])
-
-        files = done / "checkpoints" / {"fp32": "merged", "nf4": "nf4"}[row["weights"]]
-        expected = {
-            "weights": row["variant"].split("-")[0], "attention": row["variant"].split("-")[1], "status": "ok", "reason": np.nan,
-            "attention_ran": trace["attention_ran"], "images": len(labels), "record": record["name"],
-            "top1": sum(a == b for a, b in zip(labels, top5[:, 0], strict=True)) / len(labels),
-            "top5": 1.0 if classes <= 5 else top_k_accuracy_score(labels, ranks, k=5, labels=range(classes)),
-            "f1": f1_score(labels, top5[:, 0], average="weighted", zero_division=0),
-            "parameters": record["parameters"], "linears_quantized": 18 * (row["weights"] == "nf4"),
-            "linears_kept": 1 if row["weights"] == "nf4" else 19,
-            "latency_mean_ms": math.fsum(samples) / len(samples), "latency_p50_ms": percentile(0.5),
-            "latency_p95_ms": percentile(0.95) if len(samples) >= 200 else np.nan,
-            "latency_p99_ms": percentile(0.99) if len(samples) >= 1000 else np.nan,
-            "host_p50_ms": np.median(timing["host_ms"]), "cold_p50_ms": np.median(timing["cold_ms"]),
-            "first_ms": timing["first_ms"], "warm_up_stable": timing["warm_up"]["stable"],
-            "tflops": roof["flops"][str(row["batch_size"])] / p50 / 1e12,
-            "matmul_share": roof["flops"][str(row["batch_size"])] / p50 / 1e12 / roof["matmul_tflops"],
-            "roofline_share": max(roof["flops"][str(row["batch_size"])] / roof["matmul_tflops"] / 1e12,
-                                  record["resident_bytes"] / roof["copy_gbs"] / 1e9) / p50,
-            "driver_peak_mb": peaks["driver_peak_bytes"] / 2**20, "launches": trace["launches"],
-            "idle_time_ms": trace["idle_ms"],
-            "latency_samples": len(samples), "throughput_ips": timing["images_per_second"],
-            "disk_mb": sum(path.stat().st_size for path in files.iterdir()) / 2**20,
-            "resident_mb": record["resident_bytes"] / 2**20,
-            "peak_mb": peaks["allocator_peak_bytes"] / 2**20,
-            "engine": "eager", "engine_ran": "eager", "scratch_mb": 0.0,
-            "attention_time_ms": trace["attention_ms"], "total_time_ms": sum(trace["operators_ms"].values()),
-            "device": record["machine"]["gpu"] or record["machine"]["cpu"],
-        }  # fmt: skip
-        for name, value in expected.items():
-            found = row[name]
-            same = found == pytest.approx(value, rel=1e-9, nan_ok=True) if isinstance(value, float) else found == value
-            assert same, f"{row['variant']} batch {row['batch_size']}: {name} is {found}, the record says {value}"
-        # Intervals: Wilson's by its formula; those of percentiles hold the percentile (see test_intervals).
-        n, p, z = len(labels), expected["top1"], 1.959963984540054
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        ends = ((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
-        assert (row["top1_low"], row["top1_high"]) == pytest.approx(ends)
-        assert row["latency_p50_low_ms"] <= row["latency_p50_ms"] <= row["latency_p50_high_ms"]
-        assert all(np.isnan(row[f"latency_{name}_{end}_ms"]) for name in ("p95", "p99") for end in ("low", "high"))
-        checked |= set(expected) | {"top1_low", "top1_high"} | {c for c in table if c.endswith(("_low_ms", "_high_ms"))}
-    assert checked == set(table.columns), "a column that nothing recomputes"
-
-
-def test_ratios_follow_from_the_raw_rounds(done):
-    """The Hodges-Lehmann ratio of ratios.csv again, from the blocks of the record, with plain loops."""
-    table, record = pd.read_csv(done / "ratios.csv"), load(done, "compare")
-    assert list(table.columns) == ["a", "b", "batch_size", "ratio", "low", "high", "samples"]
-    assert list(zip(table.a, table.b, table.batch_size, strict=True)) == [
-        ("nf4-fa2", "fp32-sdpa", 1),
-        ("nf4-fa2", "fp32-sdpa", 3),
-    ]
-    for row in table.itertuples():
-        blocks = record["blocks_ms"][str(row.batch_size)]
-        logs = [math.log(np.median(a) / np.median(b)) for a, b in zip(blocks[row.a], blocks[row.b], strict=True)]
-        walsh = [(logs[i] + logs[j]) / 2 for i in range(len(logs)) for j in range(i, len(logs))]
-        assert row.samples == len(logs) == 20 and row.ratio == pytest.approx(math.exp(np.median(walsh)))
-        assert row.low < row.ratio < row.high
-
-
-def test_answers_follow_from_the_raw_logits(done):
-    table, record = pd.read_csv(done / "accuracy.csv").set_index("variant"), load(done, "compare")
-    base, other = (np.load(done / "logits" / f"evaluate-{name}.npy").astype(float) for name in ("fp32-sdpa", "nf4-fa2"))
-    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (base, other))
-    kl = (p * np.log(p / q)).sum(1)
-    assert record["answers"]["nf4-fa2"]["kl_by_image"] == pytest.approx(kl, rel=1e-3, abs=1e-9)
-    assert table.kl["nf4-fa2"] == pytest.approx(kl.mean(), rel=1e-3)
-    labels = np.array(load(done, "evaluate-nf4-fa2")["predictions"]["labels"])
-    assert table.points["nf4-fa2"] == pytest.approx(
-        100 * ((other.argmax(1) == labels).mean() - (base.argmax(1) == labels).mean())
-    )
-
-
-def test_throughput_and_latency_agree(done):
-    """Images per second over the whole loop can be no higher than the samples allow."""
-    for name in ("evaluate-fp32-sdpa", "evaluate-nf4-fa2"):
-        for timing in load(done, name)["timings"]:
-            samples = timing["device_ms"] or timing["host_ms"]
-            busy = sum(samples) / 1e3
-            assert 0.5 < timing["images_per_second"] / (timing["batch_size"] * len(samples) / busy) <= 1.0
-
-
-def test_attention_that_ran(done):
-    assert [load(done, "evaluate-nf4-fa2")["traces"][i]["attention_ran"] for i in (0, 1)] == ["flash-cpu"] * 2
-
-
-def test_a_second_run_makes_nothing_and_a_lost_record_is_made_again(done, mini_yaml):
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
-    assert vitnb("study", str(mini_yaml), outputs=done.parent).returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
-    lost = done / "records" / "infer.json"
-    lost.unlink()
-    ended = vitnb("study", str(mini_yaml), outputs=done.parent)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    made = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert {path.relative_to(done).as_posix() for path in made} == {
-        "records/infer.json", "notebooks/infer-nf4-sdpa.ipynb", "predictions.csv",
-        "report.html", "summary.csv", "accuracy.csv", "claims.csv", "sensitivity.csv", *FIGURES,
-    }  # fmt: skip
-
-
-def test_without_a_variant_s_record_the_comparison_is_made_again_too(done, mini_yaml):
-    """Its answers are the variants' own."""
-    record = done / "records" / "evaluate-nf4-fa2.json"
-    aside = record.rename(done.parent / record.name)
-    try:
-        planned = vitnb("study", str(mini_yaml), "--dry-run", outputs=done.parent)
-    finally:
-        aside.rename(record)
-    assert planned.returncode == 0, planned.stderr
-    jobs = {line.split()[0] for line in planned.stdout.splitlines() if re.fullmatch(r"\w+ +1", line)}
-    assert jobs == {"evaluate", "compare", "report", "all"}
-
-
-def test_one_seed_gives_the_same_predictions_byte_for_byte(done, mini_yaml, tmp_path):
-    for words in (["run", "finetune"], ["run", "infer"]):
-        ended = vitnb(*words, "-p", "study", str(mini_yaml), outputs=tmp_path)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert (tmp_path / "mini" / "predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
-
-
-def test_a_record_of_another_checkpoint_is_stale(done, mini_yaml):
-    """A number belongs to the model that it was measured on: after another fine-tuning its row says so and holds no numbers."""
-    path = done / "records" / "finetune.json"
-    kept = path.read_text()
-    try:
-        changed = json.loads(kept)
-        changed["checkpoint_sha256"]["nf4"] = "0" * 64
-        path.write_text(json.dumps(changed))
-        assert vitnb("report", str(mini_yaml), outputs=done.parent).returncode == 0
-        table = pd.read_csv(done / "summary.csv").set_index("variant")
-        assert set(table.loc["nf4-fa2"].status) == {"stale"} and table.loc["nf4-fa2"].top1.isna().all()
-        assert "another checkpoint" in table.loc["nf4-fa2"].reason.iloc[0]
-        assert set(table.loc["fp32-sdpa"].status) == {"ok"}
-        assert "another checkpoint" in (done / "report.html").read_text()
-    finally:
-        path.write_text(kept)
-        assert vitnb("report", str(mini_yaml), outputs=done.parent).returncode == 0
-
-
-def test_what_is_left_of_a_removed_plan_goes_with_the_next_report(done, mini_yaml, monkeypatch):
-    monkeypatch.setenv("VITNB_OUTPUTS", str(done.parent))
-    before = {path for path in done.rglob("*") if path.is_file()}
-    for name in ("plan-gone.csv", "figures/curve-plan-gone.png"):
-        (done / name).write_text("of a plan whose record was removed")
-    write_report(load_study(str(mini_yaml)))
-    assert {path for path in done.rglob("*") if path.is_file()} == before
-
-
-def test_show_prints_where_a_number_came_from(done):
-    ended = vitnb("show", str(done / "records" / "evaluate-nf4-fa2.json"), outputs=done.parent)
-    assert ended.returncode == 0, ended.stderr
-    lines = dict(line.split(": ", 1) for line in ended.stdout.splitlines())
-    record = load(done, "evaluate-nf4-fa2")
-    assert lines["machine.commit"] == record["machine"]["commit"] or not record["machine"]["commit"]
-    assert lines["machine.dirty"] == str(record["machine"]["dirty"]) and lines["machine.gpu_uuid"] in (
-        "-",
-        record["machine"]["gpu_uuid"],
+    A pretraining is made again where its settings read otherwise.
+    """
+    loaded = read(
+        "finetune: {dropout: 0, learning_rate: 1e-3}\nexpected: {a: [0, 1e-5]}"
     )
     assert (
-        lines["versions.torch"] == record["versions"]["torch"]
-        and lines["asked.seed"] == "0"
-        and lines["study"] == "mini"
+        json.dumps([loaded.finetune.dropout, loaded.finetune.learning_rate])
+        == "[0, 0.001]"
     )
+    assert json.dumps(loaded.expected) == '{"a": [0, 1e-05]}'
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_is_read_again_from_its_fields(name, tmp_path):
+    """Processes that share a training read JSON: 1e-05 there is a string to YAML."""
+    loaded, path = load_study(name), tmp_path / "again.yaml"
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in asdict(loaded).items() if value is not None}
+        )
+    )
+    assert replace(load_study(str(path)), typed=name) == loaded
+
+
+def test_what_code_makes_is_taken_as_it_is(read):
+    """Files are checked; a value that code makes is taken as it is."""
+    loaded = read("seed: 1")
     assert (
-        lines["asked.variant"] == "nf4-fa2" and lines["traces[0].attention_ran"] == record["traces"][0]["attention_ran"]
+        replace(loaded, finetune=replace(loaded.finetune, epochs=0)).finetune.epochs
+        == 0
     )
-    samples = len(record["timings"][0]["host_ms"])  # 24, or fewer where another program slows the machine down
-    assert lines["timings[0].host_ms"].startswith(f"[{samples} values, ") and 20 <= samples <= 24
-    for name, text in (
-        ("evaluate-nf4-fa", "no record"),
-        (str(done / "summary.json"), "no record at"),
-        (str(done / "report.html"), "no record"),
-    ):
-        ended = vitnb("show", name, outputs=done.parent)
-        assert ended.returncode == 1 and text in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert Latency(seconds=0.0).seconds == 0.0 and Study(
+        "x", "", "", "", variants=["1.5"]
+    ).variants == ["1.5"]
+
+
+def test_the_module_brings_no_torch():
+    words = [
+        sys.executable,
+        "-c",
+        f"import sys, {study.__name__}; print('torch' in sys.modules)",
+    ]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr

@@ -1,7 +1,8 @@
-"""vitnb: what weight quantization and attention kernels really do to a Vision Transformer.
+"""vitnb measures quantization and attention kernels on a Vision Transformer.
 
-The package mirrors the four notebooks (finetune, evaluate, ablate, infer). Data moves one way:
-study (YAML) -> notebook -> record (JSON) -> report (HTML).
+Data moves one way: study (YAML) -> notebook -> record (JSON) -> report (HTML). Records
+are the wall: ``measure``, ``models`` and ``training`` make them, ``analysis``,
+``figures`` and ``report`` read them, without PyTorch.
 """
 
 import contextlib
@@ -14,46 +15,35 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-# Read by the OpenMP runtime when torch is imported. By default its threads spin for milliseconds after each operator, and single
-# forwards on a shared machine take seconds; if they sleep at once, a small model spends its time waking them up. So they spin for
-# some ten microseconds and then sleep.
+__version__ = "0.1.0"
+
+# The OpenMP runtime reads these two when torch is imported. By default its threads spin
+# for milliseconds after each operator, and single forwards on a shared machine take
+# seconds. Threads that sleep at once would make a small model wait for their waking. So
+# they spin for some ten microseconds and then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 # The profiler announces every start and stop on standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-
 # Progress bars of the libraries end up as carriage returns in stored notebooks.
 os.environ.setdefault("TQDM_DISABLE", "1")
-
-
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-# bitsandbytes says this once for every int8 layer and forward; vitnb records the compute dtype instead.
+# bitsandbytes warns of a cast in every int8 forward; a record holds the dtype instead.
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-
-
 warnings.filterwarnings("ignore", message="IProgress not found")
-
-
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _keep_memory() -> None:
-    """Let the C library keep freed memory instead of handing it back to the system after every operator.
+    """Let the C library keep freed memory, where it is Linux's.
 
-    Otherwise large activations are mapped and cleared anew in each forward, in some processes and not in others, by the luck of
-    where the heap ends: two processes of the same variant differed by a fifth.
+    By default it hands memory back to the system after every operator. Large
+    activations are then mapped and cleared anew in each forward, in some processes and
+    not in others, by the luck of where the heap ends: two processes of one variant
+    differed by a fifth.
     """
-    with contextlib.suppress(AttributeError, OSError):  # the C library of Linux alone has it
+    with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_max = -1, -4  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
@@ -63,14 +53,11 @@ def _keep_memory() -> None:
 _keep_memory()
 
 
-__version__ = "0.1.0"
-
-
 def lazy_modules(room: str) -> Callable[[str], ModuleType]:
-    """Return a module ``__getattr__`` that imports a room's modules when they are used.
+    """Return a module ``__getattr__`` that imports a room's modules at first use.
 
-    A notebook then says ``measure.latency.time_batch_sizes`` and loads no module that it
-    does not use (PEP 562).
+    A notebook then says ``measure.latency.time_batch_sizes``, and loads no module that
+    it does not use (PEP 562).
     """
 
     def get(name: str) -> ModuleType:
@@ -79,4 +66,3 @@ def lazy_modules(room: str) -> Callable[[str], ModuleType]:
         return import_module(f"{room}.{name}")
 
     return get
-

@@ -1,7 +1,5 @@
 """TODO."""
 
-
-
 from vitnb.cli import main
 
 raise SystemExit(main())

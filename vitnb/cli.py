@@ -74,7 +74,8 @@ def _pretrain(args) -> object:
     if args.study:
         if given or args.out or args.seed is not None:
             raise UserError(
-                "a study says itself how its base is made: leave the options out, or the study"
+                "a study says itself how its base is made: "
+                "leave the options out, or the study"
             )
         return pretrain.pretrain_for_study(args.study)
     out, device = args.out or "data/base", select_device("cuda")
@@ -111,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitnb", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, help: str, study: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, run, help: str, study: bool = False
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help)
         made.set_defaults(run=run)
         if study:
@@ -136,10 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     study = command(
         "study",
         _study,
-        "run a whole study: every notebook and variant that is not done yet, then the report",
+        "run a whole study: every notebook and variant not done yet, then the report",
         study=True,
     )
-    study.add_argument("--dry-run", action="store_true", help="only list what would run")
+    study.add_argument(
+        "--dry-run", action="store_true", help="only list what would run"
+    )
 
     run = command("run", _run, "run one notebook headless")
     run.add_argument("notebook", help="finetune, evaluate, ablate or infer")
@@ -160,13 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     compare = command(
         "compare",
         _compare,
-        "time a study's variants interleaved, a live process each, and write the ratios",
+        "time a study's variants interleaved, a process each, and write the ratios",
         study=True,
     )
     waterfall = command(
         "waterfall",
         _waterfall,
-        "measure one technique after the other: its gain, its cost in accuracy and memory",
+        "measure one technique after the other: its gain, its cost",
     )
     waterfall.add_argument("study", help="a study that names batch sizes for it")
     for one in (compare, waterfall):
@@ -183,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--name",
-        help="its variants are plan:NAME-sdpa and so on (default: plus12 for --budget 0.12)",
+        help="its variants are plan:NAME-sdpa and so on (default: plus12)",
     )
     plan.add_argument(
         "--budget",
@@ -206,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument(
         "record",
-        help="a JSON file, or the name of a record of a study, such as evaluate-nf4-sdpa",
+        help="a JSON file, or the name of a record, such as evaluate-nf4-sdpa",
     )
 
     command(
@@ -218,12 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     publish = command(
         "publish",
         _publish,
-        "copy a study's small results, for a repository: records, tables, figures, report",
+        "copy a study's small results (records, tables, figures, report) for git",
         study=True,
     )
     publish.add_argument(
         "--to",
-        help="the folder that gets a folder of the study's name (default: outputs/published)",
+        help="the folder that gets the study's (default: outputs/published)",
     )
 
     check = command("check", _check, "inspect a checkpoint folder")

@@ -1,4 +1,4 @@
-"""Inference: a folder of images through one variant, a row for each, unreadable ones listed with their reason."""
+"""Classify a folder of images with one variant, and list the unreadable ones."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from vitnb.data import dataset
 from vitnb.data.images import UnreadableImage, image_files, read_image
@@ -15,69 +16,124 @@ from vitnb.models.loader import LoadedVariant
 from vitnb.records.files import write_file
 from vitnb.study import Study
 
+BATCH_SIZE = 64
+TOP = range(1, 6)  # ranks in a row of predictions
+COLUMNS = ["path", *(f"top{k}" for k in TOP), *(f"p{k}" for k in TOP), "error"]
+
 
 def top_k(scores: torch.Tensor, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and class indices of the k likeliest classes, [images, k] each, likeliest first."""
+    """Return the k most probable classes of each image, the most probable first.
+
+    Args:
+        scores: logits [images, classes].
+
+    Returns:
+        Probabilities and class indices, [images, min(k, classes)] each.
+    """
     return scores.softmax(-1).topk(min(k, scores.shape[1]), dim=-1)
 
 
-BATCH_SIZE = 64
+def find_pictures(
+    study: Study, images: str | None
+) -> tuple[Path, list[Path], list[str]]:
+    """Find the images to classify: those of a folder, or the study's test split.
 
+    Args:
+        images: a folder; None takes the test split, with or without labels.
 
-COLUMNS = ["path", *(f"top{k}" for k in range(1, 6)), *(f"p{k}" for k in range(1, 6)), "error"]
+    Returns:
+        The folder, its images, and the class of each as far as it is known, else "".
+        An image in ``images`` is taken to have the class that its own folder is called.
 
-
-def find_pictures(study: Study, images: str | None) -> tuple[Path, list[Path], list[str]]:
-    """The folder, the images in it that are to be named, and the class of each as far as it is known, else "".
-
-    They are those of ``images``, where a class is what the folder around a picture is called; or the study's test split,
-    labelled or not. Raises UserError if the folder is missing or holds no images.
+    Raises:
+        UserError: the folder is missing, or has no images.
     """
     if images is None:
         test = load_split(study, "test")
-        return test.folder, test.paths, [test.class_names[i] for i in test.labels] or [""] * len(test)
+        labels = [test.class_names[i] for i in test.labels] or [""] * len(test)
+        return test.folder, test.paths, labels
     folder = Path(images).expanduser()
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: 'images' takes a folder of pictures, or nothing for the test split")
-    found = image_files(folder)
-    if not found:
-        raise UserError(f"{folder} holds no images: put some there (any format that Pillow reads)")
-    return folder, found, [path.relative_to(folder).parent.name for path in found]
+        raise UserError(
+            f"no folder {folder}: 'images' takes a folder of pictures, "
+            "or nothing for the test split"
+        )
+    paths = image_files(folder)
+    if not paths:
+        raise UserError(
+            f"{folder} holds no images: put some there (any format that Pillow reads)"
+        )
+    return folder, paths, [path.relative_to(folder).parent.name for path in paths]
 
 
-def classify(loaded: LoadedVariant, paths: list[Path], root: Path) -> tuple[list[dict], float]:
-    """Rows (COLUMNS; path relative to ``root``) in the order of ``paths``, and images per second, reading included.
+def classify(
+    loaded: LoadedVariant, paths: list[Path], root: Path
+) -> tuple[list[dict], float]:
+    """Classify images, and count images per second, reading included.
 
-    A file that is not a whole image gets its reason in ``error`` and no names; the others go on.
+    An unreadable image gets its reason in ``error`` and no classes.
+
+    Returns:
+        One row (COLUMNS) for each of ``paths``, with the path relative to ``root``; and
+        images per second.
     """
-    rows, begin = [], time.perf_counter()
+    rows = [dict.fromkeys(COLUMNS, "") for _ in paths]
+    begin = time.perf_counter()
     with loaded.inference() as model:
-        for at in range(0, len(paths), BATCH_SIZE):
-            chunk, pixels = [], []
-            for path in paths[at : at + BATCH_SIZE]:
-                row = dict.fromkeys(COLUMNS, "") | {"path": _printable(path.relative_to(root).as_posix())}
-                rows.append(row)
-                try:  # one picture in memory at a time: a batch of large ones would not fit
-                    pixels.append(dataset.to_pixels([read_image(path)], loaded.processor))
-                    chunk.append(row)
-                except UnreadableImage as error:
-                    row["error"] = _printable(str(error))
-            if not pixels:
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            pixels, readable = _read_batch(loaded, paths[batch], root, rows[batch])
+            if not readable:
                 continue
-            logits = model(pixel_values=loaded.prepare(torch.cat(pixels))).logits.float().cpu()
-            for row, ps, classes in zip(chunk, *(part.tolist() for part in top_k(logits)), strict=True):
-                for k, (p, index) in enumerate(zip(ps, classes, strict=True), start=1):
-                    row[f"top{k}"], row[f"p{k}"] = loaded.class_names[index], f"{p:.4f}"
+            inputs = loaded.prepare(torch.cat(pixels))
+            logits = model(pixel_values=inputs).logits.float().cpu()
+            _write_classes(readable, logits, loaded.class_names)
     return rows, len(paths) / (time.perf_counter() - begin)
 
 
+def _read_batch(
+    loaded: LoadedVariant, paths: list[Path], root: Path, rows: list[dict]
+) -> tuple[list[torch.Tensor], list[dict]]:
+    """Fill in the rows' paths and errors; return pixels and rows of readable images.
+
+    Each picture is turned into pixels before the next one is read: a batch of large
+    pictures would not fit into memory.
+    """
+    pixels = []
+    readable = []
+    for path, row in zip(paths, rows, strict=True):
+        row["path"] = _printable(path.relative_to(root).as_posix())
+        try:
+            pixels.append(dataset.to_pixels([read_image(path)], loaded.processor))
+            readable.append(row)
+        except UnreadableImage as error:
+            row["error"] = _printable(str(error))
+    return pixels, readable
+
+
+def _write_classes(
+    rows: list[dict], logits: torch.Tensor, class_names: list[str]
+) -> None:
+    """Fill in the rows' most probable classes and their probabilities."""
+    probabilities, indices = top_k(logits)
+    for row, ps, classes in zip(
+        rows, probabilities.tolist(), indices.tolist(), strict=True
+    ):
+        for k, (p, index) in enumerate(zip(ps, classes, strict=True), start=1):
+            row[f"top{k}"] = class_names[index]
+            row[f"p{k}"] = f"{p:.4f}"
+
+
 def _printable(text: str) -> str:
-    """Text for one line of a table: line breaks, and bytes of a file's name that are no UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Escape line breaks, and bytes of a file name that are no UTF-8, for a table."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
 
 
 def write_predictions(rows: list[dict], path: Path) -> Path:
-    """Write the rows as CSV, whole or not at all."""
+    """Write the rows as CSV, whole or not at all, and return the path."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -88,10 +144,17 @@ def write_predictions(rows: list[dict], path: Path) -> Path:
 
 def gallery_entries(
     rows: list[dict], paths: list[Path], named: list[str], count: int = 12
-) -> tuple[list, list[str], list[bool]]:
-    """Readable images spread over the rows, a title for each, and whether the prediction is its class (or that is unknown).
+) -> tuple[list[Image.Image], list[str], list[bool]]:
+    """Choose readable images for a gallery, spread over the rows.
 
-    ``paths`` and ``named``: what ``sources`` gave, in the rows' order.
+    Args:
+        rows: what ``classify`` returned.
+        paths: what ``find_pictures`` returned, in the rows' order.
+        named: the class of each path, or "".
+
+    Returns:
+        The images, a title for each, and for each whether its class is the predicted
+        one. An unknown class counts as right.
     """
     readable = [i for i, row in enumerate(rows) if not row["error"]]
     chosen = readable[:: max(1, len(readable) // count)][:count]

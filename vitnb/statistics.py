@@ -1,7 +1,8 @@
-"""Intervals and tests: how far a number can be trusted, and when two are called different.
+"""Intervals and tests: how far a number can be trusted, and when two differ.
 
-Resampling follows Efron (1979), with moving blocks (Kuensch, 1989) where samples follow each other in time; the rest is
-SciPy's. All seeds are fixed: the same samples give the same interval.
+Resampling follows Efron (1979), with moving blocks (Kuensch, 1989) where samples follow
+each other in time. SciPy does the rest. All seeds are fixed: equal samples give equal
+intervals.
 """
 
 from collections.abc import Callable
@@ -11,70 +12,106 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-
-
-# The rule that calls two times different: the interval at this level of their ratio lies beyond this margin around 1. At this
-# level, 0.2% of pairs that are the same would be called different by chance alone; the margin is for what is no chance, that
-# processes of the same program differ by where their memory lies (outputs/published/instrument).
+# Two times are called different if the interval of their ratio at this level lies
+# beyond this margin around 1. Chance alone would call 0.2% of equal pairs different at
+# this level. The margin is for a cause that is no chance: processes of one program
+# differ by where their memory lies (outputs/published/instrument).
 PAIR_LEVEL = 0.998
-
-
 PAIR_MARGIN = 0.0025
 
 
 def bootstrap(
-    samples, statistic: Callable, block: int = 1, level: float = LEVEL, resamples: int = 1000
+    samples,
+    statistic: Callable,
+    block: int = 1,
+    level: float = LEVEL,
+    resamples: int = 1000,
 ) -> tuple[float, float] | np.ndarray:
-    """Percentile interval of a statistic: (low, high), or [2, k] where it gives k numbers.
+    """Return the percentile interval of a statistic.
 
     Args:
         samples: [n], in order.
         statistic: maps [resamples, n] to [resamples] or [k, resamples].
-        block: samples that are drawn together; more than 1 where neighbours resemble each other.
+        block: samples that are drawn together; more than 1 where neighbours resemble
+            each other.
+
+    Returns:
+        (low, high), or [2, k] where the statistic gives k numbers.
     """
     samples = np.asarray(samples, dtype=float)
     count = len(samples)
     block = min(block, count)
-    starts = np.random.default_rng(0).integers(0, count - block + 1, size=(resamples, -(-count // block), 1))
-    drawn = samples[(starts + np.arange(block)).reshape(resamples, -1)[:, :count]]
-    found = np.quantile(statistic(drawn), [(1 - level) / 2, (1 + level) / 2], axis=-1)
-    return tuple(found.tolist()) if found.ndim == 1 else found
+    blocks = -(-count // block)
+    generator = np.random.default_rng(0)
+    starts = generator.integers(0, count - block + 1, size=(resamples, blocks, 1))
+    indices = (starts + np.arange(block)).reshape(resamples, -1)[:, :count]
+    shares = [(1 - level) / 2, (1 + level) / 2]
+    ends = np.quantile(statistic(samples[indices]), shares, axis=-1)
+    return tuple(ends.tolist()) if ends.ndim == 1 else ends
 
 
-def percentiles(samples, shares: list[float], level: float = LEVEL) -> list[tuple[float, float, float]]:
-    """(value, low, high) of each percentile of a time series, by a moving-block bootstrap (blocks of n^(1/3))."""
+def percentiles(
+    samples, shares: list[float], level: float = LEVEL
+) -> list[tuple[float, float, float]]:
+    """Return (value, low, high) of each percentile of a time series.
+
+    The intervals are those of a moving-block bootstrap, with blocks of n^(1/3).
+    """
     block = int(np.ceil(len(samples) ** (1 / 3)))
-    found = bootstrap(samples, lambda drawn: np.quantile(drawn, shares, axis=-1), block, level)
-    return list(zip(np.quantile(samples, shares).tolist(), *found.tolist(), strict=True))
+    ends = bootstrap(
+        samples, lambda drawn: np.quantile(drawn, shares, axis=-1), block, level
+    )
+    values = np.quantile(samples, shares).tolist()
+    return list(zip(values, *ends.tolist(), strict=True))
 
 
 def bootstrap_mean(samples, level: float = LEVEL) -> tuple[float, float, float]:
-    """(value, low, high) of the mean of independent samples, by the bootstrap."""
-    return (float(np.mean(samples)), *bootstrap(samples, lambda drawn: drawn.mean(-1), level=level))
+    """Return (value, low, high) of the mean of independent samples."""
+    ends = bootstrap(samples, lambda drawn: drawn.mean(-1), level=level)
+    return (float(np.mean(samples)), *ends)
 
 
 def wilson(right: int, images: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's interval of a share such as top-1 (SciPy)."""
-    return tuple(stats.binomtest(int(right), int(images)).proportion_ci(level, method="wilson"))
+    """Return Wilson's interval of a share such as top-1 (SciPy)."""
+    test = stats.binomtest(int(right), int(images))
+    return tuple(test.proportion_ci(level, method="wilson"))
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
-    """McNemar's exact test on the same images: a, b bool [images], right or not -> (only a right, only b right, p)."""
+    """Test with McNemar's exact test whether two answer the same images equally well.
+
+    Args:
+        a, b: bool [images], right or not.
+
+    Returns:
+        How many only a gets right, how many only b gets right, and the p-value.
+    """
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    p = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return only_a, only_b, float(p)
+    if only_a + only_b == 0:
+        return 0, 0, 1.0
+    return only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
 def paired_points(a, b, level: float = LEVEL) -> tuple[float, float, float]:
-    """(value, low, high) in points of the difference a - b of two shares on the same images: bool [images] each (Wald)."""
+    """Return (value, low, high) of the difference of two shares, in points.
+
+    Args:
+        a, b: bool [images], right or not on the same images. The interval is Wald's.
+    """
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     half = stats.norm.ppf((1 + level) / 2) * d.std() / len(d) ** 0.5
-    return tuple((100 * np.array([d.mean(), d.mean() - half, d.mean() + half])).tolist())
+    return tuple(
+        (100 * np.array([d.mean(), d.mean() - half, d.mean() + half])).tolist()
+    )
 
 
 def holm(ps: list[float]) -> list[float]:
-    """P-values corrected for their number (Holm, 1979): below 0.05, at most one in 20 such families errs at all."""
-    adjusted, running = np.empty(len(ps)), 0.0
+    """Return p-values corrected for their number (Holm, 1979).
+
+    Below 0.05, at most one in 20 such families errs at all.
+    """
+    adjusted = np.empty(len(ps))
+    running = 0.0
     for rank, index in enumerate(np.argsort(ps, kind="stable")):
         running = max(running, min(1.0, (len(ps) - rank) * ps[index]))
         adjusted[index] = running
@@ -82,19 +119,27 @@ def holm(ps: list[float]) -> list[float]:
 
 
 def paired_t_pvalue(a, b) -> float:
-    """P-value of a's mean being no larger than b's on the same images (paired t-test, one-sided)."""
+    """Return the p-value of a's mean being no larger than b's on the same images.
+
+    The test is the paired t-test, one-sided.
+    """
     a, b = np.asarray(a), np.asarray(b)
-    return float(stats.ttest_rel(a, b, alternative="greater").pvalue) if (a != b).any() else 1.0
+    if (a == b).all():
+        return 1.0
+    return float(stats.ttest_rel(a, b, alternative="greater").pvalue)
 
 
 def outside_margin(low: float, high: float) -> bool:
-    """Whether an interval of a ratio lies wholly beyond the margin around 1."""
+    """Tell whether an interval of a ratio lies wholly beyond the margin around 1."""
     return low > 1 + PAIR_MARGIN or high < 1 / (1 + PAIR_MARGIN)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer a takes than b, with an interval, and the p-value of their being the same."""
+    """How many times longer a takes than b, with its interval.
+
+    p: the p-value of both being equal; samples: the number of rounds.
+    """
 
     ratio: float
     low: float
@@ -104,16 +149,21 @@ class Ratio:
 
     @property
     def different(self) -> bool:
-        """The decision: whether the interval lies beyond the margin around 1."""
+        """Tell whether the interval lies beyond the margin around 1."""
         return outside_margin(self.low, self.high)
 
 
 def ratio(a, b, level: float = PAIR_LEVEL) -> Ratio:
-    """The ratio of times that were taken side by side, a[i] beside b[i], in rounds of random order.
+    """Return the ratio of times that were taken side by side.
 
-    The Hodges-Lehmann estimate of log(a/b) and the interval that inverts Wilcoxon's signed-rank test (normal
-    approximation; 13 rounds is the fewest that can leave out 1 at this level). It needs no shape of the noise, only that a
-    round is as likely to favour the one as the other when both are the same, which the random order sees to.
+    The value is the Hodges-Lehmann estimate of log(a/b), the interval inverts
+    Wilcoxon's signed-rank test (normal approximation). 13 rounds is the fewest that can
+    leave out 1 at this level. Neither needs a shape of the noise. Both need that a
+    round is as likely to favour the one as the other when both are equal: the random
+    order of a round sees to that.
+
+    Args:
+        a, b: [rounds], a[i] beside b[i] in one round.
     """
     d = np.log(np.asarray(a, dtype=float)) - np.log(np.asarray(b, dtype=float))
     n = len(d)
@@ -123,4 +173,5 @@ def ratio(a, b, level: float = PAIR_LEVEL) -> Ratio:
     low, high = (walsh[cut], walsh[-1 - cut]) if cut >= 0 else (-np.inf, np.inf)
     positive = (walsh > 0).sum() + (walsh == 0).sum() / 2
     p = 2 * stats.norm.sf(abs(positive - len(walsh) / 2) / spread)
-    return Ratio(*np.exp([np.median(walsh), low, high]).tolist(), p=float(p), samples=n)
+    values = np.exp([np.median(walsh), low, high]).tolist()
+    return Ratio(*values, p=float(p), samples=n)

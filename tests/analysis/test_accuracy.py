@@ -17,13 +17,18 @@ def test_scores_are_scikit_learns():
     random = np.random.RandomState(0)
     logits, labels = torch.from_numpy(random.randn(300, 12)), random.randint(0, 12, 300)
     probabilities, top5 = top_k(logits)
-    found = accuracy.scores({"labels": labels.tolist(), "top5": top5.tolist()})
-    assert found["images"] == 300
-    assert found["top1"] == (logits.argmax(1).numpy() == labels).mean()
-    assert found["top5"] == top_k_accuracy_score(labels, logits.numpy(), k=5, labels=range(12))
-    assert found["f1"] == f1_score(labels, logits.argmax(1), average="weighted")
+    scores = accuracy.scores({"labels": labels.tolist(), "top5": top5.tolist()})
+    assert scores["images"] == 300
+    assert scores["top1"] == (logits.argmax(1).numpy() == labels).mean()
+    assert scores["top5"] == top_k_accuracy_score(
+        labels, logits.numpy(), k=5, labels=range(12)
+    )
+    assert scores["f1"] == f1_score(labels, logits.argmax(1), average="weighted")
     torch.testing.assert_close(
-        probabilities, torch.exp(logits - logits.logsumexp(1, keepdim=True)).sort(1, descending=True)[0][:, :5]
+        probabilities,
+        torch.exp(logits - logits.logsumexp(1, keepdim=True)).sort(1, descending=True)[
+            0
+        ][:, :5],
     )
 
 
@@ -32,10 +37,13 @@ def test_fewer_than_five_classes():
 
 
 def test_predictions_are_those_of_plain_transformers(mini):
-    """The same images through the checkpoint without this package's batching, attention or preprocessing code."""
+    """The checkpoint without this package's batching, attention and preprocessing."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    loaded, test = loader.load_variant(mini, variants.parse("fp32-sdpa")), load_split(mini, "test")
+    loaded, test = (
+        loader.load_variant(mini, variants.parse("fp32-sdpa")),
+        load_split(mini, "test"),
+    )
     found, logits = predict(loaded, test)
     folder = mini.checkpoint("merged")
     model, processor = (
@@ -43,16 +51,27 @@ def test_predictions_are_those_of_plain_transformers(mini):
         AutoImageProcessor.from_pretrained(folder),
     )
     with torch.inference_mode():
-        plain = torch.cat([model(**processor(read_image(path), return_tensors="pt")).logits for path in test.paths])
+        plain = torch.cat(
+            [
+                model(**processor(read_image(path), return_tensors="pt")).logits
+                for path in test.paths
+            ]
+        )
     # Sums in another order; on a GPU, of another device as well.
-    torch.testing.assert_close(compute_logits(loaded, test, batch_size=5), plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        compute_logits(loaded, test, batch_size=5), plain, atol=1e-3, rtol=1e-3
+    )
     torch.testing.assert_close(torch.from_numpy(logits), plain, atol=1e-3, rtol=1e-3)
     assert [row[0] for row in found["top5"]] == plain.argmax(1).tolist()
-    assert [model.config.id2label[label] for label in found["labels"]] == [path.parent.name for path in test.paths]
+    assert [model.config.id2label[label] for label in found["labels"]] == [
+        path.parent.name for path in test.paths
+    ]
 
 
 def test_confusion_counts_every_image_once():
-    counts = accuracy.confusion_counts({"labels": [0, 1, 2, 2], "top5": [[0], [2], [2], [1]]}, 4)
+    counts = accuracy.confusion_counts(
+        {"labels": [0, 1, 2, 2], "top5": [[0], [2], [2], [1]]}, 4
+    )
     assert counts.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
 
 
@@ -62,39 +81,63 @@ def record(variant: str, top5: list, labels=(0, 1, 2, 3)) -> dict:
 
 
 def answers(wrong: int) -> list:
-    """Predictions for 100 images of four classes; the first ``wrong`` have the right class second."""
+    """Return predictions for 100 images of four classes.
+
+    The first ``wrong`` have the right class second.
+    """
     return [[(i + (i < wrong)) % 4, i % 4] for i in range(100)]
 
 
 def test_variants_are_compared_on_the_same_images():
-    """nf4 loses 12 of 100 images, int8 loses 1: only the first is called worse, and the words say by how much."""
+    """nf4 loses 12 of 100 images, int8 loses 1: only nf4 is called worse."""
     random = np.random.default_rng(0)
     near, far = random.exponential(0.001, 100), random.exponential(0.1, 100)
-    turns = {"answers": {name: {"kl_by_image": kl.tolist()} for name, kl in
-                         {"fp32-sdpa": near * 0, "bf16-sdpa": near, "nf4-sdpa": far, "int8-sdpa": near[::-1]}.items()}}  # fmt: skip
-    records = [record(name, answers(wrong)) for name, wrong in
-               {"int8-sdpa": 1, "nf4-sdpa": 12, "bf16-sdpa": 0, "fp32-sdpa": 0}.items()]  # fmt: skip
-    found = accuracy.paired_comparison(records, turns).set_index("variant")
-    assert list(found.index) == ["fp32-sdpa", "bf16-sdpa", "nf4-sdpa", "int8-sdpa"]
-    nf4 = found.loc["nf4-sdpa"]
+    kl = {
+        "fp32-sdpa": near * 0,
+        "bf16-sdpa": near,
+        "nf4-sdpa": far,
+        "int8-sdpa": near[::-1],
+    }
+    compared = {name: {"kl_by_image": values.tolist()} for name, values in kl.items()}
+    wrong = {"int8-sdpa": 1, "nf4-sdpa": 12, "bf16-sdpa": 0, "fp32-sdpa": 0}
+    records = [record(name, answers(count)) for name, count in wrong.items()]
+    table = accuracy.paired_comparison(records, {"answers": compared}).set_index(
+        "variant"
+    )
+    assert list(table.index) == ["fp32-sdpa", "bf16-sdpa", "nf4-sdpa", "int8-sdpa"]
+    nf4 = table.loc["nf4-sdpa"]
     assert (nf4.only_baseline_right, nf4.only_variant_right, nf4.points) == (12, 0, -12)
     assert nf4.p == 2 * 0.5**12 and nf4.p_corrected == 3 * nf4.p
     assert nf4.points_low < -12 < nf4.points_high < 0 == nf4.top5_points
     assert nf4.verdict == "worse than fp32-sdpa: -12.0 points"
-    assert found.loc["int8-sdpa"].verdict == "no difference beyond noise"
-    assert found.loc["fp32-sdpa"].verdict == "the baseline"
+    assert table.loc["int8-sdpa"].verdict == "no difference beyond noise"
+    assert table.loc["fp32-sdpa"].verdict == "the baseline"
     assert nf4.kl_low < far.mean() == nf4.kl < nf4.kl_high
-    assert nf4.kl_control_p_corrected < 0.01 < found.loc["int8-sdpa"].kl_control_p_corrected
-    assert found.loc["bf16-sdpa"].kl_control_p_corrected != found.loc["bf16-sdpa"].kl_control_p_corrected
+    assert (
+        nf4.kl_control_p_corrected
+        < 0.01
+        < table.loc["int8-sdpa"].kl_control_p_corrected
+    )
+    assert np.isnan(table.loc["bf16-sdpa"].kl_control_p_corrected)
 
 
 def test_many_comparisons_make_the_same_difference_mean_less():
-    """7 of 100 images lost: p = 0.016 alone, 0.031 beside one other that differs as much, beyond 0.05 beside five."""
+    """7 of 100 images lost: p = 0.016 alone, beyond 0.05 beside five others."""
     names = ["bf16-sdpa", "nf4-sdpa", "nf4-fa2", "int8-sdpa", "int8-fa2", "fp32-math"]
-    few = accuracy.paired_comparison([record("fp32-sdpa", answers(0)), record("nf4-sdpa", answers(7))], None)
-    many = accuracy.paired_comparison([record("fp32-sdpa", answers(0)), *(record(name, answers(7)) for name in names)], None)
+    few = accuracy.paired_comparison(
+        [record("fp32-sdpa", answers(0)), record("nf4-sdpa", answers(7))], None
+    )
+    many = accuracy.paired_comparison(
+        [
+            record("fp32-sdpa", answers(0)),
+            *(record(name, answers(7)) for name in names),
+        ],
+        None,
+    )
     assert few.set_index("variant").verdict["nf4-sdpa"].startswith("worse")
-    assert set(many.set_index("variant").verdict[names]) == {"no difference beyond noise"}
+    assert set(many.set_index("variant").verdict[names]) == {
+        "no difference beyond noise"
+    }
 
 
 def test_without_a_baseline_nothing_is_compared():
@@ -102,13 +145,47 @@ def test_without_a_baseline_nothing_is_compared():
 
 
 def test_engines_of_one_variant_beside_each_other():
-    """Made by hand: logits up to 6 lie 1/32 apart in bfloat16; two images change their first class, one of them a tie."""
+    """Made by hand: logits up to 6 lie 1/32 apart in bfloat16.
+
+    Two images change their first class, one of them a tie.
+    """
     eager = torch.tensor([[6.0, 0.0], [1.0, 0.75], [0.5, 0.5], [0.0, 3.0]])
     fused = torch.tensor([[5.875, 0.0], [0.75, 0.8], [0.5, 0.625], [0.0, 3.0]])
-    found = {"bf16-sdpa": eager, "bf16-sdpa-fused": fused, "nf4-sdpa-fused": fused, "fp32-sdpa": eager}
+    found = {
+        "bf16-sdpa": eager,
+        "bf16-sdpa-fused": fused,
+        "nf4-sdpa-fused": fused,
+        "fp32-sdpa": eager,
+    }
     (row,) = engine_agreement(found)
     assert (row["a"], row["b"], row["images"]) == ("bf16-sdpa", "bf16-sdpa-fused", 4)
-    assert (row["largest"], row["spacing"], row["changed"], row["gap"]) == (0.25, 1 / 32, 2, 0.25)
+    assert (row["largest"], row["spacing"], row["changed"], row["gap"]) == (
+        0.25,
+        1 / 32,
+        2,
+        0.25,
+    )
     assert engine_agreement({"fp32-sdpa": eager, "fp32-sdpa-graph": eager})[0] == {
-        "a": "fp32-sdpa", "b": "fp32-sdpa-graph", "images": 4, "largest": 0.0, "spacing": 0.0, "changed": 0, "gap": 0.0,
-    }  # fmt: skip
+        "a": "fp32-sdpa",
+        "b": "fp32-sdpa-graph",
+        "images": 4,
+        "largest": 0.0,
+        "spacing": 0.0,
+        "changed": 0,
+        "gap": 0.0,
+    }
+
+
+def test_the_worst_classes_come_first_with_what_they_are_taken_for():
+    """Class 0 is never wrong; class 2 is wrong twice, always taken for class 0."""
+    predictions = {
+        "labels": [0, 0, 1, 1, 1, 1, 2, 2],
+        "top5": [[0], [0], [1], [1], [0], [2], [0], [0]],
+    }
+    table = accuracy.worst_classes(predictions, ["rose", "tulip", "daisy"])
+    rows = [tuple(row) for row in table.itertuples(index=False)]
+    assert rows == [
+        ("daisy", 2, 0, 0.0, "rose (2)"),
+        ("tulip", 4, 2, 0.5, "rose (1), daisy (1)"),
+    ]
+    assert list(accuracy.worst_classes(predictions, count=1)["class"]) == ["class 2"]

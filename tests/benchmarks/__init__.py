@@ -1,1 +1,1 @@
-"""Benchmarks: run by hand, each a program that says how far the instrument can be trusted."""
+"""Benchmarks to run by hand: how far the instrument can be trusted."""

@@ -5,34 +5,53 @@ import time
 import numpy as np
 import torch
 
-from vitnb.measure.worker import VariantServer
+from vitnb.measure.worker import LocalVariant, load_local_variant
+from vitnb.study import Study
 
 EXTRA = 0.02
 
 
-class Slower(VariantServer):
-    """The same variant, with small matrix products after each forward that take 2% of its time, as timed in place."""
+class SlowerVariant(LocalVariant):
+    """A variant with small matrix products after each forward.
+
+    The products take 2% of the forward's time, as timed in place.
+    """
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.products, self.took, self.piece = 0, [], torch.randn(48, 48)
+        self.products = 0
+        self.products_ms: list[float] = []
+        self.piece = torch.randn(48, 48)
         self.loaded.model.register_forward_hook(self.work)
 
     def work(self, *_) -> None:
+        """Compute the products, and note their time."""
         begin = time.perf_counter()
         for _ in range(self.products):
             self.piece @ self.piece
-        self.took.append((time.perf_counter() - begin) * 1e3)
+        self.products_ms.append((time.perf_counter() - begin) * 1e3)
 
     def warm_up(self, batch_size: int) -> dict:
-        """Warm up, then see what the forward and the products take at this batch size: between forwards they cost more than alone."""
-        found = super().warm_up(batch_size)
-        forward = np.median(self.block(batch_size, 100))
-        took = []
+        """Warm up, then choose the number of products for this batch size.
+
+        Products between forwards cost more than products alone.
+        """
+        warmed = super().warm_up(batch_size)
+        forward = np.median(self.time_block(batch_size, 100))
+        medians = []
         for self.products in (10, 60):
-            self.took.clear()
-            self.block(batch_size, 100)
-            took.append(np.median(self.took))
-        each = (took[1] - took[0]) / 50
-        self.products = max(0, round((EXTRA * forward - (took[0] - 10 * each)) / each))
-        return found
+            self.products_ms.clear()
+            self.time_block(batch_size, 100)
+            medians.append(np.median(self.products_ms))
+        each = (medians[1] - medians[0]) / 50
+        overhead = medians[0] - 10 * each
+        self.products = max(0, round((EXTRA * forward - overhead) / each))
+        return warmed
+
+
+def load_slower_variant(
+    study: Study, name: str, device: str | None = None
+) -> SlowerVariant:
+    """Load a variant of a study that does extra work."""
+    plain = load_local_variant(study, name, device)
+    return SlowerVariant(plain.loaded, plain.split)

@@ -1,7 +1,8 @@
-"""Turns: two ways to measure the same thing, taken beside each other in many short rounds, and their ratio with its interval.
+"""Compare instruments in short rounds: their ratio within a round, with an interval.
 
-The speed of a host drifts over seconds. The ratio of two takers' medians over a minute keeps what drifted between their turns;
-the ratio within a round does not, and the median of many rounds is not moved by the few in which something else woke up.
+The speed of a host drifts over seconds. A ratio of two medians over a minute contains
+the drift between the turns. A ratio within a round does not. The median of many rounds
+is not moved by the few in which another program woke up.
 """
 
 import time
@@ -14,13 +15,14 @@ import pandas as pd
 from vitnb import statistics
 
 FEWEST = 12  # rounds
-# Half of an interval. What is to be known within 0.3% has to look better than that, as looking decides when to stop.
+# Half of an interval. A ratio that is to be known within 0.3% has to look better than
+# that, as the look decides when to stop.
 CLOSE = 0.002
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median ratio of two takers over the rounds, with its 95% bootstrap interval."""
+    """The median ratio of two takers over the rounds, with its 95% interval."""
 
     ratio: float
     low: float
@@ -33,21 +35,37 @@ class Ratio:
 
 
 def ratio(a, b) -> Ratio:
-    """The exponential of the median of log(a/b): times of the same rounds, [rounds] each."""
+    """Return the median ratio of two takers' times, [rounds] each, by logarithms."""
     logs = np.log(np.asarray(a, dtype=float)) - np.log(np.asarray(b, dtype=float))
     return Ratio(
-        *np.exp([np.median(logs), *statistics.bootstrap(logs, lambda drawn: np.median(drawn, axis=-1))]).tolist()
+        *np.exp(
+            [
+                np.median(logs),
+                *statistics.bootstrap(logs, lambda drawn: np.median(drawn, axis=-1)),
+            ]
+        ).tolist()
     )
 
 
 def take(
-    takers: dict[str, Callable[[], float]], pairs: list[tuple[str, str]], seconds: float, seed: int = 0
+    takers: dict[str, Callable[[], float]],
+    pairs: list[tuple[str, str]],
+    seconds: float,
+    seed: int = 0,
 ) -> tuple[list[Ratio], pd.DataFrame]:
-    """Rounds in which every taker is called once, in an order drawn anew: (the ratio of each pair, the times by round).
+    """Call every taker once a round, in an order drawn anew.
 
-    Ends after ``seconds``, or as soon as every ratio is close; not before FEWEST rounds.
+    The rounds end after ``seconds``, or as soon as every ratio is close, but not before
+    FEWEST rounds.
+
+    Returns:
+        The ratio of each pair, and the times by round.
     """
-    random, found, begin = np.random.default_rng(seed), {name: [] for name in takers}, time.monotonic()
+    random, found, begin = (
+        np.random.default_rng(seed),
+        {name: [] for name in takers},
+        time.monotonic(),
+    )
     while True:
         for name in random.permutation(list(takers)):
             found[name].append(float(takers[name]()))

@@ -1,5 +1,7 @@
-"""Images: the splits of a study as what a model sees."""
+"""Splits of a study, and their batches of pixels."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from vitnb.data import dataset
 from vitnb.data.images import read_image
 from vitnb.data.splits import load_split
 from vitnb.errors import UserError
+from vitnb.processes import child_environment
 from vitnb.study import load_study
 
 
@@ -22,7 +25,8 @@ def shapes(tmp_path, mini_yaml):
     write_shapes(tmp_path / "shapes", {"train": 3, "valid": 2, "test": 2})
     path = tmp_path / "own.yaml"
     lines = [
-        f"data: {tmp_path}/shapes" if line.startswith("data:") else line for line in mini_yaml.read_text().splitlines()
+        f"data: {tmp_path}/shapes" if line.startswith("data:") else line
+        for line in mini_yaml.read_text().splitlines()
     ]
     path.write_text("\n".join(lines))
     return load_study(str(path)), tmp_path / "shapes"
@@ -33,7 +37,9 @@ def test_classes_are_the_folders_in_sorted_order(shapes):
     for name, count in (("train", 3), ("test", 2)):
         split = load_split(study, name)
         assert split.class_names == sorted(CLASSES) and len(split) == 4 * count
-        assert [split.class_names[label] for label in split.labels] == [path.parent.name for path in split.paths]
+        assert [split.class_names[label] for label in split.labels] == [
+            path.parent.name for path in split.paths
+        ]
         assert all(path.is_relative_to(root / name) for path in split.paths)
 
 
@@ -61,7 +67,9 @@ def test_a_class_that_was_not_trained(shapes):
 def test_missing_splits_and_too_few_classes(shapes, tmp_path):
     study, root = shapes
     (root / "valid").rename(root / "held out")
-    with pytest.raises(UserError, match=r"no folder .*valid: a data set needs train, valid, test"):
+    with pytest.raises(
+        UserError, match=r"no folder .*valid: a data set needs train, valid, test"
+    ):
         load_split(study, "valid")
     for kind in CLASSES[1:]:
         (root / "train" / kind).rename(tmp_path / kind)
@@ -74,17 +82,27 @@ def test_an_unreadable_training_image_is_named(shapes):
     bad = root / "train" / "ring" / "00.png"
     bad.write_bytes(bad.read_bytes()[:60])
     split = load_split(study, "train")
-    with pytest.raises(UserError, match=r"cannot read .*ring/00.png .*replace it or delete it"):
+    with pytest.raises(
+        UserError, match=r"cannot read .*ring/00.png .*replace it or delete it"
+    ):
         dataset.PixelDataset(split, processor())[split.paths.index(bad)]
 
 
 def processor() -> ViTImageProcessorPil:
-    return ViTImageProcessorPil(size={"height": 24, "width": 20}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
+    return ViTImageProcessorPil(
+        size={"height": 24, "width": 20},
+        image_mean=[0.4, 0.5, 0.6],
+        image_std=[0.2, 0.3, 0.4],
+    )
 
 
 def test_pixels_are_resized_scaled_and_normalized():
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (50, 40, 3)).astype(np.uint8))
-    small = np.asarray(image.resize((20, 24), Image.Resampling.BILINEAR), dtype=np.float64)
+    image = Image.fromarray(
+        np.random.RandomState(0).randint(0, 256, (50, 40, 3)).astype(np.uint8)
+    )
+    small = np.asarray(
+        image.resize((20, 24), Image.Resampling.BILINEAR), dtype=np.float64
+    )
     oracle = (small / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
     found = dataset.to_pixels([image, image], processor())
     assert found.shape == (2, 3, 24, 20) and found.dtype == torch.float32
@@ -92,7 +110,9 @@ def test_pixels_are_resized_scaled_and_normalized():
 
 
 def test_augmentation_stays_within_its_bounds():
-    image = Image.fromarray(np.random.RandomState(2).randint(0, 256, (60, 80, 3)).astype(np.uint8))
+    image = Image.fromarray(
+        np.random.RandomState(2).randint(0, 256, (60, 80, 3)).astype(np.uint8)
+    )
     pixels, areas, mirrored = np.asarray(image), [], 0
     for i in range(200):
         crop = np.asarray(dataset.augment(image, np.random.default_rng(i), 0.5))
@@ -109,24 +129,35 @@ def _lies_in(window: np.ndarray, pixels: np.ndarray) -> bool:
     rows, columns = np.nonzero((pixels == window[0, 0]).all(-1))
     height, width = window.shape[:2]
     return any(
-        np.array_equal(pixels[y : y + height, x : x + width], window) for y, x in zip(rows, columns, strict=True)
+        np.array_equal(pixels[y : y + height, x : x + width], window)
+        for y, x in zip(rows, columns, strict=True)
     )
 
 
 def test_an_image_of_an_epoch_is_always_the_same(shapes):
     split = load_split(shapes[0], "train")
-    one, two, other = (dataset.PixelDataset(split, processor(), seed, 0.5) for seed in (3, 3, 4))
+    one, two, other = (
+        dataset.PixelDataset(split, processor(), seed, 0.5) for seed in (3, 3, 4)
+    )
     assert torch.equal(one[5][0], two[5][0]) and not torch.equal(one[5][0], other[5][0])
     two.epoch = 1
     assert not torch.equal(one[5][0], two[5][0])
     plain = dataset.PixelDataset(split, processor())
-    assert torch.equal(plain[5][0], dataset.to_pixels([read_image(split.paths[5])], processor())[0])
+    assert torch.equal(
+        plain[5][0], dataset.to_pixels([read_image(split.paths[5])], processor())[0]
+    )
 
 
 def test_batches_hold_every_image_once_in_a_seeded_order(shapes):
     split = load_split(shapes[0], "train")
     orders = [
-        [int(label) for _, labels in dataset.make_batches(dataset.PixelDataset(split, processor()), 5, seed) for label in labels]
+        [
+            int(label)
+            for _, labels in dataset.make_batches(
+                dataset.PixelDataset(split, processor()), 5, seed
+            )
+            for label in labels
+        ]
         for seed in (None, 1, 1, 2)
     ]
     assert orders[0] == split.labels and orders[1] == orders[2] != orders[3]
@@ -135,22 +166,40 @@ def test_batches_hold_every_image_once_in_a_seeded_order(shapes):
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, 3)])
 def test_halves(shapes, order):
-    """Twelve images in the order of their classes, and four of them in another order, as a file may list them."""
+    """Twelve images in the order of their classes, and eight in another order."""
     split = load_split(shapes[0], "train")
     if order.step:
         mixed = [*range(12)[order], 1, 4, 7, 10]
-        split = replace(split, paths=[split.paths[i] for i in mixed], labels=[split.labels[i] for i in mixed])
+        split = replace(
+            split,
+            paths=[split.paths[i] for i in mixed],
+            labels=[split.labels[i] for i in mixed],
+        )
     one, two = split.halves()
-    assert not set(one.paths) & set(two.paths) and set(one.paths) | set(two.paths) == set(split.paths)
-    assert set(one.labels) == set(two.labels) == {0, 1, 2, 3} and len(one) == len(two) == len(split) // 2
+    assert not set(one.paths) & set(two.paths) and set(one.paths) | set(
+        two.paths
+    ) == set(split.paths)
+    assert (
+        set(one.labels) == set(two.labels) == {0, 1, 2, 3}
+        and len(one) == len(two) == len(split) // 2
+    )
     for half in (one, two):
-        assert [half.class_names[label] for label in half.labels] == [path.parent.name for path in half.paths]
-        assert half.name == "train" and [path for path in split.paths if path in half.paths] == half.paths
+        assert [half.class_names[label] for label in half.labels] == [
+            path.parent.name for path in half.paths
+        ]
+        assert (
+            half.name == "train"
+            and [path for path in split.paths if path in half.paths] == half.paths
+        )
     if not order.step:
         assert one.paths == split.paths[::2] and two.paths == split.paths[1::2]
     bare = replace(split, labels=[]).halves()
-    assert [half.labels for half in bare] == [[], []] and bare[1].paths == split.paths[1::2]
-    with pytest.raises(UserError, match="1 images of the train split: two halves take at least 2"):
+    assert [half.labels for half in bare] == [[], []] and bare[1].paths == split.paths[
+        1::2
+    ]
+    with pytest.raises(
+        UserError, match="1 images of the train split: two halves take at least 2"
+    ):
         replace(split, paths=split.paths[:1], labels=[0]).halves()
 
 
@@ -158,5 +207,24 @@ def test_the_first_batch_is_spread_over_the_split_and_never_too_small(shapes):
     split = load_split(shapes[0], "test")
     assert dataset.first_batch(split, processor(), 20).shape[0] == 20
     four = dataset.first_batch(split, processor(), 4)
-    oracle = dataset.to_pixels([read_image(split.paths[i]) for i in (0, 2, 4, 6)], processor())
+    oracle = dataset.to_pixels(
+        [read_image(split.paths[i]) for i in (0, 2, 4, 6)], processor()
+    )
     assert torch.equal(four, oracle)
+
+
+def test_lists_of_images_load_no_torch():
+    """The report reads duplicates, and PyTorch takes seconds to load."""
+    program = (
+        "import sys, vitnb.data.duplicates, vitnb.data.splits, vitnb.data.garden\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}"
+        " & {'torch', 'transformers', 'bitsandbytes', 'scipy', 'pandas'}))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The yardstick's arithmetic: ratios of takers that take turns while everything drifts."""
+"""The benchmark's arithmetic: ratios of takers in rounds while everything drifts."""
 
 import numpy as np
 import pytest
@@ -8,34 +8,59 @@ PAIRS = [("ours", "theirs"), ("theirs", "theirs_again")]
 
 
 class Drifting:
-    """A host whose speed steps up and down by 8% and wanders, in units of calls; now and then something else wakes up."""
+    """A host whose speed steps up and down by 8% and wanders, from call to call.
+
+    Now and then another program wakes up.
+    """
 
     def __init__(self, seed: int, noise: float = 0.003):
-        self.random, self.calls, self.noise, self.walk = np.random.default_rng(seed), 0, noise, 0.0
+        self.random, self.calls, self.noise, self.walk = (
+            np.random.default_rng(seed),
+            0,
+            noise,
+            0.0,
+        )
 
     def take(self, factor: float) -> float:
         self.calls += 1
         self.walk += self.random.normal(0, 0.0005)
         slow = 0.08 if self.calls % 170 > 100 else 0.0
         woken = 0.5 if self.random.random() < 0.02 else 0.0
-        return 5.0 * factor * np.exp(self.walk + slow + woken + self.random.normal(0, self.noise))
+        return (
+            5.0
+            * factor
+            * np.exp(self.walk + slow + woken + self.random.normal(0, self.noise))
+        )
 
 
 def takers(host: Drifting, factor: float) -> dict:
-    return {"ours": lambda: host.take(factor), "theirs": lambda: host.take(1.0), "theirs_again": lambda: host.take(1.0)}
+    return {
+        "ours": lambda: host.take(factor),
+        "theirs": lambda: host.take(1.0),
+        "theirs_again": lambda: host.take(1.0),
+    }
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.99, 1.02])
 def test_the_ratio_holds_while_the_host_drifts(factor):
     for seed in range(10):
-        (over, itself), rounds = turns.take(takers(Drifting(seed), factor), PAIRS, seconds=1e9, seed=seed)
-        assert over.ratio == pytest.approx(factor, abs=0.003) and itself.ratio == pytest.approx(1, abs=0.003)
+        (over, itself), rounds = turns.take(
+            takers(Drifting(seed), factor), PAIRS, seconds=1e9, seed=seed
+        )
+        assert over.ratio == pytest.approx(
+            factor, abs=0.003
+        ) and itself.ratio == pytest.approx(1, abs=0.003)
         assert over.low <= over.ratio <= over.high and over.close and itself.close
-        assert len(rounds) >= turns.FEWEST and list(rounds) == ["round", "ours", "theirs", "theirs_again"]
+        assert len(rounds) >= turns.FEWEST and list(rounds) == [
+            "round",
+            "ours",
+            "theirs",
+            "theirs_again",
+        ]
 
 
 def test_the_ratio_of_medians_would_not_hold():
-    """A taker that mostly met the slow minutes: both have as many rounds, and the medians lie in different ones."""
+    """Both takers have as many rounds, and their medians lie in different minutes."""
     host = np.exp(np.where(np.arange(40) < 20, 0.0, 0.08))
     noise = np.random.default_rng(0).normal(0, 0.003, (2, 40))
     ours, theirs = host * np.exp(noise[0]), host * np.exp(noise[1])
@@ -45,21 +70,32 @@ def test_the_ratio_of_medians_would_not_hold():
 
 
 def test_a_steady_host_needs_few_rounds_and_a_noisy_one_more():
-    few, more = (len(turns.take(takers(Drifting(0, noise), 1.0), PAIRS, 1e9)[1]) for noise in (1e-5, 0.01))
+    few, more = (
+        len(turns.take(takers(Drifting(0, noise), 1.0), PAIRS, 1e9)[1])
+        for noise in (1e-5, 0.01)
+    )
     assert few < more and few < 30
 
 
 def test_the_seconds_end_what_never_becomes_close():
-    (over, _), rounds = turns.take(takers(Drifting(1, noise=0.2), 1.0), PAIRS, seconds=0.0)
+    (over, _), rounds = turns.take(
+        takers(Drifting(1, noise=0.2), 1.0), PAIRS, seconds=0.0
+    )
     assert len(rounds) == turns.FEWEST and not over.close
 
 
 def test_everyone_is_called_once_a_round_in_an_order_drawn_anew():
     asked = []
-    named = {name: lambda name=name: asked.append(name) or 1.0 + 0.1 * len(asked) % 3 for name in ("a", "b", "c")}
+    named = {
+        name: lambda name=name: asked.append(name) or 1.0 + 0.1 * len(asked) % 3
+        for name in ("a", "b", "c")
+    }
     turns.take(named, [("a", "b")], seconds=0.0, seed=3)
     by_round = [tuple(asked[i : i + 3]) for i in range(0, len(asked), 3)]
-    assert all(sorted(names) == ["a", "b", "c"] for names in by_round) and len(set(by_round)) > 3
+    assert (
+        all(sorted(names) == ["a", "b", "c"] for names in by_round)
+        and len(set(by_round)) > 3
+    )
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

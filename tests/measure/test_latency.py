@@ -29,13 +29,19 @@ class Clock:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A loaded variant whose first forward takes 5 s and the n-th after it 10 + n % 3 milliseconds, unless ``takes`` says
-    otherwise (n -> seconds)."""
+    """A loaded variant whose forwards take a known time, ``takes`` (n -> seconds).
+
+    The first forward takes 5 s, and the n-th one 10 + n % 3 milliseconds.
+    """
     clock, calls, moved = Clock(), [], []
     monkeypatch.setattr(latency, "time", clock)
-    monkeypatch.setattr(machine, "state", dict)
-    monkeypatch.setattr(latency, "cache_flush_buffer", lambda on: torch.zeros(4, dtype=torch.uint8))
-    fake = SimpleNamespace(device=torch.device("cpu"), calls=calls, moved=moved, clock=clock)
+    monkeypatch.setattr(machine, "machine_state", dict)
+    monkeypatch.setattr(
+        latency, "cache_flush_buffer", lambda on: torch.zeros(4, dtype=torch.uint8)
+    )
+    fake = SimpleNamespace(
+        device=torch.device("cpu"), calls=calls, moved=moved, clock=clock
+    )
     fake.takes = lambda n: 5.0 if n == 1 else (10 + n % 3) / 1e3
 
     def model(pixel_values):
@@ -43,31 +49,40 @@ def fake(monkeypatch):
         clock.now += fake.takes(len(calls))
 
     @contextmanager
-    def running():
+    def inference():
         yield model
 
     def prepare(pixels):
         moved.append(len(pixels))
         return pixels
 
-    fake.inference, fake.prepare = running, prepare
+    fake.inference, fake.prepare = inference, prepare
     return fake
 
 
 def test_samples_are_milliseconds_and_the_first_forward_is_apart(fake):
-    found = latency.measure_latency(fake, torch.zeros(6, 3, 2, 2), Latency(samples=30, seconds=1e9))
+    found = latency.measure_latency(
+        fake, torch.zeros(6, 3, 2, 2), Latency(samples=30, seconds=1e9)
+    )
     assert found["batch_size"] == 6 and set(fake.calls) == {6} and fake.moved == [6]
     assert found["first_ms"] == pytest.approx(5000) and found["device_ms"] is None
     assert len(found["host_ms"]) == 30 and len(found["cold_ms"]) == 20
     warmed = found["warm_up"]["forwards"]
     assert len(fake.calls) == 1 + warmed + 30 + 20
-    assert found["host_ms"] == pytest.approx([10 + (2 + warmed + n) % 3 for n in range(30)])
-    assert found["images_per_second"] == pytest.approx(6 * 30 / (sum(found["host_ms"]) / 1e3))
+    assert found["host_ms"] == pytest.approx(
+        [10 + (2 + warmed + n) % 3 for n in range(30)]
+    )
+    assert found["images_per_second"] == pytest.approx(
+        6 * 30 / (sum(found["host_ms"]) / 1e3)
+    )
     assert device_samples(found) == found["host_ms"]
 
 
 def test_the_host_s_time_ends_when_the_device_is_done(fake, monkeypatch):
-    """A device to which forwards are only handed over, in no time: 20 ms of work each, and 50 ms from before that do not count."""
+    """A device takes forwards over in no time, and works 20 ms on each.
+
+    50 ms of work from before do not count.
+    """
     pending = [0.05]
 
     def synchronize():
@@ -79,13 +94,17 @@ def test_the_host_s_time_ends_when_the_device_is_done(fake, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     fake.device = torch.device("cuda")
-    assert [latency.time_host(fake, model, torch.zeros(1)) for _ in range(2)] == pytest.approx([20.0, 20.0])
+    assert [
+        latency.time_host(fake, model, torch.zeros(1)) for _ in range(2)
+    ] == pytest.approx([20.0, 20.0])
 
 
 def test_throughput_counts_the_time_between_forwards(fake):
-    """Reading the clock takes a millisecond here, between the samples as well as in them."""
+    """Reading the clock takes a millisecond here, in samples and between them."""
     fake.clock.per_reading = 0.001
-    found = latency.measure_latency(fake, torch.zeros(4, 3, 2, 2), Latency(samples=50, seconds=1e9))
+    found = latency.measure_latency(
+        fake, torch.zeros(4, 3, 2, 2), Latency(samples=50, seconds=1e9)
+    )
     busy = sum(found["host_ms"]) / 1e3
     assert found["images_per_second"] < 0.97 * 4 * 50 / busy
 
@@ -93,34 +112,46 @@ def test_throughput_counts_the_time_between_forwards(fake):
 def test_the_warm_up_ends_when_the_time_is_stable(fake):
     """Forwards that get faster until the 60th: none of those may be a sample."""
     fake.takes = lambda n: 0.010 + 0.020 * max(0.0, 1 - n / 60)
-    found = latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=40, seconds=1e9))
+    found = latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=40, seconds=1e9)
+    )
     assert found["warm_up"]["stable"] and found["warm_up"]["forwards"] >= 60
     assert found["host_ms"] == pytest.approx([10.0] * 40)
 
 
 def test_a_warm_up_that_never_settles_ends_and_says_so(fake):
     fake.takes = lambda n: 0.001 * 1.02**n
-    warmed = latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=1.0))["warm_up"]
+    warmed = latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=1.0)
+    )["warm_up"]
     assert not warmed["stable"] and 5 <= warmed["seconds"] < 15
 
 
 def test_a_short_timing_has_a_short_warm_up(fake):
     fake.takes = lambda n: 0.001 * 1.02**n
-    warmed = latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=0.2))["warm_up"]
+    warmed = latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=0.2)
+    )["warm_up"]
     assert not warmed["stable"] and 1 <= warmed["seconds"] < 3
 
 
 def test_a_steady_forward_needs_three_windows(fake):
     fake.takes = lambda n: 0.5
-    warmed = latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=1.0))["warm_up"]
+    warmed = latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=1.0)
+    )["warm_up"]
     assert warmed == {"forwards": 15, "seconds": 7.5, "stable": True}
 
 
 def test_seconds_end_it_as_well_but_not_below_what_a_median_needs(fake):
-    found = latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=10**6, seconds=1.0))
+    found = latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=10**6, seconds=1.0)
+    )
     assert 1000 <= sum(found["host_ms"]) < 1130
     fake.takes = lambda n: 3.0
-    found = latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=10**6, seconds=1.0))
+    found = latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=10**6, seconds=1.0)
+    )
     assert len(found["host_ms"]) == 20
 
 
@@ -128,7 +159,9 @@ def test_the_cache_is_emptied_before_each_cold_forward(fake, monkeypatch):
     writes = []
     buffer = SimpleNamespace(fill_=lambda value: writes.append(len(fake.calls)))
     monkeypatch.setattr(latency, "cache_flush_buffer", lambda on: buffer)
-    latency.measure_latency(fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=0.0))
+    latency.measure_latency(
+        fake, torch.zeros(1, 3, 2, 2), Latency(samples=20, seconds=0.0)
+    )
     assert writes == list(range(len(fake.calls) - 20, len(fake.calls)))
 
 
@@ -138,8 +171,13 @@ def test_the_buffer_is_larger_than_the_last_cache():
 
 def test_every_batch_size_has_its_own_samples(mini):
     loaded = loader.load_variant(mini, variants.parse("fp32-sdpa"))
-    found = latency.time_batch_sizes(loaded, load_split(mini, "test"), [1, 3], Latency(samples=4, seconds=5.0))
-    assert [(timing["batch_size"], len(timing["host_ms"])) for timing in found] == [(1, 4), (3, 4)]
+    found = latency.time_batch_sizes(
+        loaded, load_split(mini, "test"), [1, 3], Latency(samples=4, seconds=5.0)
+    )
+    assert [(timing["batch_size"], len(timing["host_ms"])) for timing in found] == [
+        (1, 4),
+        (3, 4),
+    ]
 
 
 def test_statistics_of_known_samples():
@@ -159,7 +197,13 @@ def test_a_percentile_needs_ten_samples_beyond_it(name, fewest):
 
 
 def test_the_table_shows_what_was_measured(fake):
-    found = latency.measure_latency(fake, torch.zeros(2, 3, 2, 2), Latency(samples=250, seconds=1e9))
+    found = latency.measure_latency(
+        fake, torch.zeros(2, 3, 2, 2), Latency(samples=250, seconds=1e9)
+    )
     row = latency_table([found]).loc[2]
-    assert row["first"] == "5000.00" and row["p50"].startswith("11.00 (") and row["p95"].startswith("12.00 (")
+    assert (
+        row["first"] == "5000.00"
+        and row["p50"].startswith("11.00 (")
+        and row["p95"].startswith("12.00 (")
+    )
     assert row["p99"] == "" and row["samples"] == 250

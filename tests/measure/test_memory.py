@@ -1,4 +1,4 @@
-"""Memory: allocations that are known, and a process in which nothing else runs."""
+"""Memory: known allocations, and a process in which nothing else runs."""
 
 import mmap
 
@@ -24,7 +24,10 @@ def test_peak_of_known_allocations():
 
 @pytest.fixture(scope="module")
 def found(mini) -> dict[str, list[dict]]:
-    return {name: worker.measure_memory(mini, name, [3, 1]) for name in ("fp32-sdpa", "nf4-fa2")}
+    return {
+        name: worker.measure_memory(mini, name, [3, 1])
+        for name in ("fp32-sdpa", "nf4-fa2")
+    }
 
 
 def test_one_row_a_batch_size_smallest_first(found):
@@ -32,15 +35,21 @@ def test_one_row_a_batch_size_smallest_first(found):
 
 
 def test_the_allocator_s_peak_is_the_weights_and_one_forward(found):
-    """17 tokens: at least the input and the output of an MLP must be alive at once, in float32."""
+    """17 tokens in float32: an MLP's input and output must be alive at once."""
     for size, row in zip((1, 3), found["fp32-sdpa"], strict=True):
         activations = row["allocator_peak_bytes"] - row["resident_bytes"]
         workspace = 2**26 * torch.cuda.is_available()  # cuBLAS keeps one
-        assert size * 17 * (64 + 128) * 4 <= activations < size * 17 * (64 + 128) * 4 * 6 + workspace
+        assert (
+            size * 17 * (64 + 128) * 4
+            <= activations
+            < size * 17 * (64 + 128) * 4 * 6 + workspace
+        )
 
 
 def test_small_weights_are_small(found):
-    small, large = (found[name][0]["resident_bytes"] for name in ("nf4-fa2", "fp32-sdpa"))
+    small, large = (
+        found[name][0]["resident_bytes"] for name in ("nf4-fa2", "fp32-sdpa")
+    )
     assert small < 0.3 * large
 
 
@@ -50,16 +59,21 @@ def test_the_driver_counts_at_least_what_the_allocator_holds(found):
 
 
 def test_what_this_process_holds_is_not_in_the_numbers(mini, found):
-    """The trap of measuring variants in one process: 256 MB were held before, and as many are while another one is measured."""
+    """The trap of one process for all: 256 MB lived before, and 256 MB live now."""
     with mmap.mmap(-1, 2**28) as passing:
         passing.write(b"1" * 2**28)
-    held = np.ones(2**28, dtype=np.uint8)
+    living = np.ones(2**28, dtype=np.uint8)
     again = worker.measure_memory(mini, "fp32-sdpa", [1])[0]
-    assert again["driver_peak_bytes"] < found["fp32-sdpa"][0]["driver_peak_bytes"] + held.nbytes / 4
-    assert memory.driver_bytes(devices.select_device("cpu")) > held.nbytes
+    assert (
+        again["driver_peak_bytes"]
+        < found["fp32-sdpa"][0]["driver_peak_bytes"] + living.nbytes / 4
+    )
+    assert memory.driver_bytes(devices.select_device("cpu")) > living.nbytes
 
 
 def test_the_table_says_what_is_counted(found):
     table = performance.memory_table(10 * 2**20, found["fp32-sdpa"])
-    assert table.loc["disk", "MB, batch 1"] == 10 and set(table.index) == set(performance.MEMORY_DEFINITIONS)
+    assert table.loc["disk", "MB, batch 1"] == 10 and set(table.index) == set(
+        performance.MEMORY_DEFINITIONS
+    )
     assert table.loc["resident", "counts"] == performance.MEMORY_DEFINITIONS["resident"]

@@ -1,4 +1,4 @@
-"""Profiler traces: what ran, how long, and the peak of memory."""
+"""Profiler traces: the kernels that ran, and their times."""
 
 import time
 from contextlib import nullcontext
@@ -22,7 +22,12 @@ def loaded_and_pixels(mini, name):
 
 @pytest.mark.parametrize(
     ("name", "kernel"),
-    [("fp32-math", "math"), ("fp32-sdpa", "flash-cpu"), ("nf4-fa2", "flash-cpu"), ("int8-fa2", "flash-cpu")],
+    [
+        ("fp32-math", "math"),
+        ("fp32-sdpa", "flash-cpu"),
+        ("nf4-fa2", "flash-cpu"),
+        ("int8-fa2", "flash-cpu"),
+    ],
 )
 def test_the_trace_names_the_kernel_and_its_share(mini, name, kernel):
     if torch.cuda.is_available():
@@ -36,7 +41,10 @@ def test_the_trace_names_the_kernel_and_its_share(mini, name, kernel):
 
 
 def test_attention_is_counted_whole_and_operators_once(mini):
-    """The reference kernel is made of operators that a ViT uses nowhere else; a wrapper's own time is not its callee's."""
+    """The reference kernel is made of operators that a ViT uses nowhere else.
+
+    A wrapper's own time is not its callee's.
+    """
     if torch.cuda.is_available():
         pytest.skip("the operators of a CPU")
     found = profiler.profile_forward(*loaded_and_pixels(mini, "fp32-math"))
@@ -46,7 +54,10 @@ def test_attention_is_counted_whole_and_operators_once(mini):
 
 
 def test_a_trace_for_every_batch_size(mini):
-    loaded, test = loader.load_variant(mini, variants.parse("fp32-sdpa")), load_split(mini, "test")
+    loaded, test = (
+        loader.load_variant(mini, variants.parse("fp32-sdpa")),
+        load_split(mini, "test"),
+    )
     found = profiler.profile_batch_sizes(loaded, test, [1, 3])
     assert [trace["batch_size"] for trace in found] == [1, 3]
 
@@ -64,31 +75,50 @@ def test_parts_and_classes_hold_all_of_the_time(mini):
         assert sum(sums.values()) == pytest.approx(found["total_ms"])
     assert performance.time_by_class(found)["attention"] == found["attention_ms"]
     parts = found["parts_ms"]
-    assert parts["attention"]["attention"] == pytest.approx(found["attention_ms"]), "attention outside of attention"
-    assert parts["mlp"]["gemm"] > 0 and parts["patch embedding"]["gemm"] > 0 and parts["head"]["gemm"] > 0
+    assert parts["attention"]["attention"] == pytest.approx(found["attention_ms"]), (
+        "attention outside of attention"
+    )
+    assert (
+        parts["mlp"]["gemm"] > 0
+        and parts["patch embedding"]["gemm"] > 0
+        and parts["head"]["gemm"] > 0
+    )
     assert parts["mlp"]["attention"] == 0 and parts["rest"]["normalization"] > 0
 
 
 def test_nothing_is_dequantized_where_nothing_is_quantized(mini):
-    plain, small = (performance.time_by_class(profiler.profile_forward(*loaded_and_pixels(mini, n))) for n in ("bf16-sdpa", "int8-sdpa"))
+    plain, small = (
+        performance.time_by_class(
+            profiler.profile_forward(*loaded_and_pixels(mini, name))
+        )
+        for name in ("bf16-sdpa", "int8-sdpa")
+    )
     assert plain["dequantize"] == plain["quantize"] == 0
     assert small["dequantize"] > 0 and small["quantize"] > 0
 
 
 def test_gaps_are_gaps():
-    """Overlap counts once, and a gap is where nothing runs: [0, 2], [1, 3], gap of 2, [5, 7] with [5.25, 5.5] and [5.75, 6.5] inside."""
-    assert profiler.busy_and_idle([(0, 2), (1, 3), (5, 7), (5.25, 5.5), (5.75, 6.5)]) == (5, 2)
+    """Overlap counts once, and a gap is where nothing runs: from 3 to 5."""
+    timeline = [(0, 2), (1, 3), (5, 7), (5.25, 5.5), (5.75, 6.5)]
+    assert profiler.busy_and_idle(timeline) == (5, 2)
 
 
 def test_the_timeline_is_the_latency(mini):
-    """Busy and idle time make up the time of the same forward, but for what lies before its first and after its last operator."""
+    """Busy and idle time make up the latency of one forward.
+
+    Only the time before the first operator and after the last one is missing.
+    """
     found = profiler.profile_forward(*loaded_and_pixels(mini, "fp32-sdpa"))
-    assert 0.5 * found["latency_ms"] < found["busy_ms"] + found["idle_ms"] <= found["latency_ms"]
+    assert (
+        0.5 * found["latency_ms"]
+        < found["busy_ms"] + found["idle_ms"]
+        <= found["latency_ms"]
+    )
     assert found["idle_ms"] > 0 and found["launches"] >= 3 * 6
 
 
 def test_idle_time_between_operators_shows(mini):
-    """20 ms of waiting in each of the three blocks is idle time, and in no class of kernels."""
+    """20 ms of waiting in each of the three blocks is idle time."""
     loaded, pixels = loaded_and_pixels(mini, "fp32-sdpa")
     before = profiler.profile_forward(loaded, pixels)
     for name, module in loaded.model.named_modules():

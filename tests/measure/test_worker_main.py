@@ -2,39 +2,62 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from vitnb.measure import worker
-from vitnb.study import ROOT
+from vitnb.processes import child_environment
 
 WATCHED = """
 import json, os, threading
 import vitnb
-from vitnb import fresh
-me, seen, over = os.getpid(), [], threading.Event()
+from vitnb.measure import worker_main
+me, seen = os.getpid(), []
 
 class Watch:
-    def find_spec(self, name, *rest):  # asked before anything is imported
+    def find_spec(self, name, *rest):  # called before anything is imported
         if name.startswith("torch."):
             seen.append(len(os.sched_getaffinity(me)))
 
 import sys
+assert "torch" not in sys.modules, "imported before the cores are free"
 sys.meta_path.insert(0, Watch())
 cores = os.sched_getaffinity(0)
-bound = fresh.unbound()
-print(json.dumps([len(cores), len(bound), len(seen), seen.count(len(cores)), os.sched_getaffinity(0) == cores]))
+bound = worker_main.import_torch_on_all_cores()
+free = os.sched_getaffinity(0) == cores
+print(json.dumps([len(cores), len(bound), len(seen), seen.count(len(cores)), free]))
 """
 
 
 def test_torch_is_imported_on_every_core():
-    """OpenMP binds to one core when it is told to, and all but the first modules of torch are imported on all of them."""
+    """OpenMP binds to one core, and yet torch's modules are imported on all of them."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core: there is nothing to be bound to")
-    environment = worker.SETTINGS | os.environ | {"PYTHONPATH": str(ROOT)}
-    told = subprocess.run([sys.executable, "-c", WATCHED], env=environment, capture_output=True, text=True, check=True)
-    cores, bound, modules, on_every_core, free = json.loads(told.stdout)
+    printed = subprocess.run(
+        [sys.executable, "-c", WATCHED],
+        env=child_environment(**worker.OPENMP_SETTINGS),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    cores, bound, modules, on_every_core, free = json.loads(printed)
     assert bound == 1 < cores and free
     assert modules > 100 and on_every_core == modules
+
+
+def test_an_interrupted_start_leaves_no_trace_on_the_screen(capfd):
+    """Ctrl-C reaches every process of a terminal, also one that imports PyTorch."""
+    process, pipe = worker._start_interpreter()
+    maps = Path(f"/proc/{process.pid}/maps")
+    end = time.monotonic() + 60
+    while "libgomp" not in maps.read_text() and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
+    pipe.close()
+    assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Attention kernels against the formula, and against a profiler's word for what ran."""
+"""Attention against the formula, and the kernel that ran against a profiler."""
 
 import sys
 from types import SimpleNamespace
@@ -25,16 +25,18 @@ def qkv() -> list[torch.Tensor]:
 
 def formula(query, key, value, scale, bias=0.0) -> torch.Tensor:
     """softmax(q k^T scale + bias) v in float64, as [batch, tokens, heads, head]."""
-    weights = (query.double() @ key.double().transpose(-1, -2) * scale + bias).softmax(-1)
+    weights = (query.double() @ key.double().transpose(-1, -2) * scale + bias).softmax(
+        -1
+    )
     return (weights @ value.double()).transpose(1, 2)
 
 
-@pytest.mark.parametrize("launched", ["sdpa", "math", "torch-flash"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "torch-flash"])
 @pytest.mark.parametrize("scale", [1 / 8, 0.3])
-def test_attention_is_the_formula_whatever_mask_is_given(qkv, launched, scale):
+def test_attention_is_the_formula_whatever_mask_is_given(qkv, backend, scale):
     mask = torch.zeros(2, 1, 17, 17, dtype=torch.bool)
     mask[..., 0] = True  # would let every token see the first one alone
-    with attention.force_backend(launched):
+    with attention.force_backend(backend):
         out, weights = attention._sdpa(None, *qkv, attention_mask=mask, scaling=scale)
     torch.testing.assert_close(out.double(), formula(*qkv, scale), atol=1e-5, rtol=1e-5)
     assert weights is None and out.shape == (2, 17, 3, 64)
@@ -42,65 +44,85 @@ def test_attention_is_the_formula_whatever_mask_is_given(qkv, launched, scale):
 
 @pytest.mark.parametrize("function", [attention._sdpa, attention._eager])
 def test_what_a_model_adds_to_its_scores_stays(qkv, function):
-    """As Swin and BEiT do; their bias may be of another floating-point type than the scores."""
+    """Swin and BEiT add a bias, maybe of another floating-point type."""
     bias = torch.randn(1, 3, 17, 17, dtype=torch.float64)
-    found, _ = function(None, *qkv, attention_mask=bias.float(), scaling=0.3)
-    torch.testing.assert_close(found.double(), formula(*qkv, 0.3, bias), atol=1e-5, rtol=1e-5)
+    result, _ = function(None, *qkv, attention_mask=bias.float(), scaling=0.3)
+    torch.testing.assert_close(
+        result.double(), formula(*qkv, 0.3, bias), atol=1e-5, rtol=1e-5
+    )
     with attention.force_backend("math"):
-        half, _ = function(None, *(t.bfloat16() for t in qkv), attention_mask=bias.float(), scaling=0.3)
-    torch.testing.assert_close(half.double(), formula(*qkv, 0.3, bias), atol=0.05, rtol=0.05)
+        half, _ = function(
+            None, *(t.bfloat16() for t in qkv), attention_mask=bias.float(), scaling=0.3
+        )
+    torch.testing.assert_close(
+        half.double(), formula(*qkv, 0.3, bias), atol=0.05, rtol=0.05
+    )
 
 
 def test_flash_attn_refuses_what_it_cannot_add(qkv, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=None))
+    monkeypatch.setitem(
+        sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=None)
+    )
     with pytest.raises(VariantError, match="flash-attn has no place for the bias"):
         attention._flash_attn(None, *qkv, attention_mask=torch.zeros(1, 3, 17, 17))
 
 
-@pytest.mark.parametrize(("launched", "kernel"), [("math", "math"), ("torch-flash", "flash-cpu")])
-def test_a_forced_kernel_is_the_one_that_runs(qkv, launched, kernel):
-    with attention.force_backend(launched), profile() as profiled:
+@pytest.mark.parametrize(
+    ("backend", "kernel"), [("math", "math"), ("torch-flash", "flash-cpu")]
+)
+def test_a_forced_kernel_is_the_one_that_runs(qkv, backend, kernel):
+    with attention.force_backend(backend), profile() as profiled:
         attention._sdpa(None, *qkv, attention_mask=None)
-    assert attention.kernel_in_trace({event.key for event in profiled.key_averages()}) == kernel
+    names = {event.key for event in profiled.key_averages()}
+    assert attention.kernel_in_trace(names) == kernel
 
 
 def test_forcing_shuts_the_other_kernels_out():
-    """On a CPU the flash kernel would run anyway, so look at what PyTorch may choose from."""
+    """A CPU runs the flash kernel anyway, so look at what PyTorch may choose from."""
     flags = torch.backends.cuda
     with attention.force_backend("torch-flash"):
-        assert flags.flash_sdp_enabled() and not flags.math_sdp_enabled() and not flags.mem_efficient_sdp_enabled()
+        assert flags.flash_sdp_enabled()
+        assert not flags.math_sdp_enabled()
+        assert not flags.mem_efficient_sdp_enabled()
     with attention.force_backend("math"):
-        assert flags.math_sdp_enabled() and not flags.flash_sdp_enabled() and not flags.cudnn_sdp_enabled()
+        assert flags.math_sdp_enabled()
+        assert not flags.flash_sdp_enabled()
+        assert not flags.cudnn_sdp_enabled()
     with attention.force_backend("sdpa"):
         assert flags.math_sdp_enabled() and flags.flash_sdp_enabled()
 
 
 def test_flash_attn_gets_its_own_layout_and_the_scale(qkv, monkeypatch):
-    """Against a stand-in with the package's signature: [batch, tokens, heads, head] in and out."""
+    """A stand-in has the package's layout, [batch, tokens, heads, head]."""
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None):
         assert dropout_p == 0.0 and q.shape == (2, 17, 3, 64)
         return formula(*(tensor.transpose(1, 2) for tensor in (q, k, v)), softmax_scale)
 
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
-    found, _ = attention._flash_attn(None, *qkv, attention_mask=None, scaling=0.3)
-    torch.testing.assert_close(found, formula(*qkv, 0.3))
+    monkeypatch.setitem(
+        sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func)
+    )
+    result, _ = attention._flash_attn(None, *qkv, attention_mask=None, scaling=0.3)
+    torch.testing.assert_close(result, formula(*qkv, 0.3))
 
 
 def test_transformers_knows_both_functions_and_builds_no_mask_for_them():
-    for launched, function in (
+    for backend, function in (
         ("sdpa", attention._sdpa),
         ("math", attention._sdpa),
         ("flash-attn", attention._flash_attn),
     ):
-        name = attention.implementation(launched)
+        name = attention.implementation(backend)
         assert AttentionInterface()[name] is function
-        assert AttentionMaskInterface()[name](batch_size=2, q_length=17, kv_length=17) is None
+        build_mask = AttentionMaskInterface()[name]
+        assert build_mask(batch_size=2, q_length=17, kv_length=17) is None
 
 
-@pytest.mark.parametrize("name", ["fp32-sdpa", "fp32-math", "fp32-flash", "fp32-sdpa-fused"])
+@pytest.mark.parametrize(
+    "name", ["fp32-sdpa", "fp32-math", "fp32-flash", "fp32-sdpa-fused"]
+)
 def test_no_mask_reaches_the_kernel(mini, monkeypatch, name):
-    """Not even one that is handed to the model; with transformers' own attention it would arrive."""
+    """Not even one that is given to the model; transformers' own attention takes it."""
     seen = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -110,7 +132,9 @@ def test_no_mask_reaches_the_kernel(mini, monkeypatch, name):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     loaded = loader.load_variant(mini, variants.parse(name))
-    pixels = loaded.prepare(dataset.first_batch(load_split(mini, "test"), loaded.processor, 2))
+    pixels = loaded.prepare(
+        dataset.first_batch(load_split(mini, "test"), loaded.processor, 2)
+    )
     mask = torch.zeros(2, 17, dtype=torch.bool, device=loaded.device)
     mask[:, 0] = True
     with loaded.inference() as model:
@@ -127,16 +151,27 @@ def test_no_mask_reaches_the_kernel(mini, monkeypatch, name):
 
 
 def test_eager_attention_is_the_formula_and_ignores_a_mask(qkv, mini):
-    found = attention.FUNCTIONS["vitnb-eager"](None, *qkv, torch.zeros(17, 17, dtype=torch.bool), scaling=0.3)[0]
-    torch.testing.assert_close(found.double(), formula(*qkv, 0.3), atol=1e-5, rtol=1e-5)
+    result = attention.FUNCTIONS["vitnb-eager"](
+        None, *qkv, torch.zeros(17, 17, dtype=torch.bool), scaling=0.3
+    )[0]
+    torch.testing.assert_close(
+        result.double(), formula(*qkv, 0.3), atol=1e-5, rtol=1e-5
+    )
     loaded = loader.load_variant(mini, variants.parse("fp32-eager"))
-    traced = profiler.profile_forward(loaded, dataset.first_batch(load_split(mini, "test"), loaded.processor, 2))
-    assert traced["attention_ran"] == "eager" and 0 < traced["attention_ms"] < traced["total_ms"]
+    traced = profiler.profile_forward(
+        loaded, dataset.first_batch(load_split(mini, "test"), loaded.processor, 2)
+    )
+    assert (
+        traced["attention_ran"] == "eager"
+        and 0 < traced["attention_ms"] < traced["total_ms"]
+    )
 
 
 def test_launch_on_a_cpu():
     cpu = torch.device("cpu")
-    assert [attention.resolve_backend(name, cpu) for name in ("sdpa", "math", "fa2")] == ["sdpa", "math", "torch-flash"]
+    assert [
+        attention.resolve_backend(name, cpu) for name in ("sdpa", "math", "fa2")
+    ] == ["sdpa", "math", "torch-flash"]
 
 
 def test_fa2_on_a_gpu_that_is_too_old(monkeypatch):
@@ -145,15 +180,19 @@ def test_fa2_on_a_gpu_that_is_too_old(monkeypatch):
         attention.resolve_backend("fa2", torch.device("cuda"))
 
 
-@pytest.mark.parametrize(("there", "launched"), [(True, "flash-attn"), (False, "torch-flash")])
-def test_fa2_on_a_new_gpu(monkeypatch, there, launched):
+@pytest.mark.parametrize(
+    ("there", "backend"), [(True, "flash-attn"), (False, "torch-flash")]
+)
+def test_fa2_on_a_new_gpu(monkeypatch, there, backend):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(attention, "find_spec", lambda name: object() if there else None)
-    assert attention.resolve_backend("fa2", torch.device("cuda")) == launched
+    monkeypatch.setattr(
+        attention, "find_spec", lambda name: object() if there else None
+    )
+    assert attention.resolve_backend("fa2", torch.device("cuda")) == backend
 
 
 @pytest.mark.parametrize(
-    ("launched", "kernel"),
+    ("backend", "kernel"),
     [
         ("math", "flash-cpu"),
         ("torch-flash", "math"),
@@ -162,25 +201,29 @@ def test_fa2_on_a_new_gpu(monkeypatch, there, launched):
         ("torch-flash", "cudnn"),
     ],
 )
-def test_another_kernel_than_the_name_allows_is_an_error(launched, kernel):
+def test_another_kernel_than_the_name_allows_is_an_error(backend, kernel):
     with pytest.raises(VariantError, match="was asked for"):
-        attention.check_kernel(launched, kernel)
+        attention.check_kernel(backend, kernel)
 
 
 def test_kernels_that_names_allow():
-    for launched, kernel in [
+    for backend, kernel in [
         ("sdpa", "cudnn"),
         ("sdpa", "math"),
         ("math", "math"),
         ("torch-flash", "flash"),
         ("flash-attn", "flash-attn"),
     ]:
-        attention.check_kernel(launched, kernel)
+        attention.check_kernel(backend, kernel)
 
 
 @pytest.mark.parametrize(
     "operators",
-    [set(), {"aten::addmm"}, {"aten::_scaled_dot_product_attention_math", "flash_attn::_flash_attn_forward"}],
+    [
+        set(),
+        {"aten::addmm"},
+        {"aten::_scaled_dot_product_attention_math", "flash_attn::_flash_attn_forward"},
+    ],
 )
 def test_a_trace_must_show_one_kernel(operators):
     with pytest.raises(VariantError, match="one was expected"):
@@ -188,7 +231,13 @@ def test_a_trace_must_show_one_kernel(operators):
 
 
 def test_a_kernel_that_pytorch_lacks_is_told_as_a_failed_variant():
-    with pytest.raises(VariantError, match="no torch-flash attention kernel"), attention.force_backend("torch-flash"):
+    with (
+        pytest.raises(VariantError, match="no torch-flash attention kernel"),
+        attention.force_backend("torch-flash"),
+    ):
         raise RuntimeError("No available kernel. Aborting execution.")
-    with pytest.raises(RuntimeError, match="something else"), attention.force_backend("math"):
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        attention.force_backend("math"),
+    ):
         raise RuntimeError("something else")

@@ -34,12 +34,20 @@ def rewrite(folder, change) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("merged", "0 Linears quantized, 19 kept"), ("nf4", "4-bit, as declared"), ("int8", "8-bit, as declared")],
+    [
+        ("merged", "0 Linears quantized, 19 kept"),
+        ("nf4", "4-bit, as declared"),
+        ("int8", "8-bit, as declared"),
+    ],
 )
 def test_an_export_passes(mini, capsys, name, words):
     assert cli.main(["check", str(mini.checkpoint(name))]) == 0
     printed = capsys.readouterr().out
-    assert words in printed and "classes       4, from circle to square" in printed and "32x32" in printed
+    assert (
+        words in printed
+        and "classes       4, from circle to square" in printed
+        and "32x32" in printed
+    )
 
 
 def test_a_cut_file(broken):
@@ -56,7 +64,10 @@ def test_weights_that_do_not_fit_the_config(broken):
     with pytest.raises(UserError, match=r"1 missing keys, such as classifier.bias"):
         inspection.inspect_checkpoint(folder)
     rewrite(
-        folder, lambda tensors: tensors.update({"classifier.bias": torch.zeros(4), "surplus.weight": torch.zeros(2)})
+        folder,
+        lambda tensors: tensors.update(
+            {"classifier.bias": torch.zeros(4), "surplus.weight": torch.zeros(2)}
+        ),
     )
     with pytest.raises(UserError, match=r"1 unexpected keys, such as surplus.weight"):
         inspection.inspect_checkpoint(folder)
@@ -65,7 +76,11 @@ def test_weights_that_do_not_fit_the_config(broken):
 def test_a_config_of_another_size(broken):
     folder = broken()
     edit(folder / "config.json", hidden_size=128)
-    with pytest.raises(UserError, match=r"52 mismatched keys, such as classifier.weight: \[4, 64\] and not \[4, 128\]"):
+    line = (
+        r"52 mismatched keys, such as classifier.weight: "
+        r"\[4, 64\] and not \[4, 128\]"
+    )
+    with pytest.raises(UserError, match=line):
         inspection.inspect_checkpoint(folder)
 
 
@@ -79,7 +94,9 @@ def test_class_names_that_are_none(broken):
 def test_preprocessing_missing_or_of_another_size(broken):
     folder = broken()
     edit(folder / "preprocessor_config.json", size={"height": 64, "width": 64})
-    with pytest.raises(UserError, match=r"makes \(64, 64\) pixels and the model takes \(32, 32\)"):
+    with pytest.raises(
+        UserError, match=r"makes \(64, 64\) pixels and the model takes \(32, 32\)"
+    ):
         inspection.inspect_checkpoint(folder)
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="has no preprocessing"):
@@ -88,7 +105,9 @@ def test_preprocessing_missing_or_of_another_size(broken):
 
 def test_quantization_that_is_declared_and_not_there(broken, mini):
     folder = broken()
-    declared = json.loads((mini.checkpoint("nf4") / "config.json").read_text())["quantization_config"]
+    declared = json.loads((mini.checkpoint("nf4") / "config.json").read_text())[
+        "quantization_config"
+    ]
     edit(folder / "config.json", quantization_config=declared)
     with pytest.raises(UserError, match="declares 4-bit weights and none are there"):
         inspection.inspect_checkpoint(folder)
@@ -97,14 +116,20 @@ def test_quantization_that_is_declared_and_not_there(broken, mini):
 def test_quantization_of_another_kind(broken):
     folder = broken()
     for method in ("gptq", "unheard-of"):
-        edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+        edit(
+            folder / "config.json",
+            quantization_config={"quant_method": method, "bits": 4},
+        )
         with pytest.raises(UserError, match=rf"does not load|quantized by {method}"):
             inspection.inspect_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("model.safetensors.index.json", "is no index of weights"), ("preprocessor_config.json", "has no preprocessing")],
+    [
+        ("model.safetensors.index.json", "is no index of weights"),
+        ("preprocessor_config.json", "has no preprocessing"),
+    ],
 )
 def test_a_file_that_holds_something_else(broken, name, line):
     folder = broken()
@@ -114,7 +139,8 @@ def test_a_file_that_holds_something_else(broken, name, line):
 
 
 @pytest.mark.parametrize(
-    ("change", "line"), [({"hidden_size": "wide"}, "cannot be read"), ({"patch_size": 0}, "does not load")]
+    ("change", "line"),
+    [({"hidden_size": "wide"}, "cannot be read"), ({"patch_size": 0}, "does not load")],
 )
 def test_a_config_with_a_senseless_value(broken, change, line):
     folder = broken()

@@ -1,4 +1,4 @@
-"""Checkpoints: loaded by plain transformers, the same bits after a reload, and safe to open."""
+"""Checkpoints load in plain transformers, keep their bits and are safe to open."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitnb import variants
+from vitnb import devices, variants
 from vitnb.errors import UserError, VariantError
 from vitnb.models import checkpoints, layers, loader, pretrained, quantization
 from vitnb.study import ROOT, Study
@@ -23,57 +23,86 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
 processor = AutoImageProcessor.from_pretrained(sys.argv[1])
-inputs = processor(Image.open(sys.argv[2]).convert("RGB"), return_tensors="pt").to(model.device, model.dtype)
+image = Image.open(sys.argv[2]).convert("RGB")
+inputs = processor(image, return_tensors="pt").to(model.device, model.dtype)
 with torch.inference_mode():
     logits = model(**inputs).logits[0].float()
 assert "vitnb" not in sys.modules
-print(json.dumps({"names": model.config.id2label, "size": list(inputs["pixel_values"].shape), "finite": bool(logits.isfinite().all()),
-                  "types": sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__})}))
+types = {type(module).__name__ for module in model.modules()}
+print(json.dumps({
+    "names": model.config.id2label,
+    "size": list(inputs["pixel_values"].shape),
+    "finite": bool(logits.isfinite().all()),
+    "types": sorted(name for name in types if "Linear" in name),
+}))
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "types"), [("merged", ["Linear"]), ("nf4", ["Linear", "Linear4bit"]), ("int8", ["Linear", "Linear8bitLt"])]
+    ("name", "types"),
+    [
+        ("merged", ["Linear"]),
+        ("nf4", ["Linear", "Linear4bit"]),
+        ("int8", ["Linear", "Linear8bitLt"]),
+    ],
 )
 def test_an_export_loads_without_this_package(mini, tmp_path, name, types):
     picture = next((ROOT / mini.data / "test" / "ring").iterdir())
     words = [sys.executable, "-c", PLAIN, str(mini.checkpoint(name)), str(picture)]
-    elsewhere = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path) != ROOT]
+    elsewhere = [
+        path
+        for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if Path(path) != ROOT
+    ]
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(elsewhere)}
     ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert list(found["names"].values()) == ["circle", "cross", "ring", "square"]
-    assert found["size"] == [1, 3, 32, 32] and found["finite"] and found["types"] == types
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert list(result["names"].values()) == ["circle", "cross", "ring", "square"]
+    assert result["size"] == [1, 3, 32, 32] and result["finite"]
+    assert result["types"] == types
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_quantized_export_is_bit_identical_after_a_reload(mini, name):
-    """Weights and quantization state of the model that was quantized in memory, and of the one that was saved and loaded."""
-    merged, settings = mini.checkpoint("merged"), quantization.bnb_config(name, ["classifier"])
-    made = AutoModelForImageClassification.from_pretrained(merged, dtype=torch.bfloat16, quantization_config=settings)
+    """Saving and loading changes neither weights nor quantization state."""
+    made = AutoModelForImageClassification.from_pretrained(
+        mini.checkpoint("merged"),
+        dtype=torch.bfloat16,
+        quantization_config=quantization.bnb_config(name, ["classifier"]),
+    )
     loaded = AutoModelForImageClassification.from_pretrained(mini.checkpoint(name))
     before, after = made.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys() and any("quant_state" in key or "SCB" in key for key in before)
+    assert before.keys() == after.keys()
+    assert any("quant_state" in key or "SCB" in key for key in before)
     for key, tensor in before.items():
         if isinstance(tensor, torch.Tensor):
-            assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+            assert tensor.dtype == after[key].dtype and torch.equal(
+                tensor, after[key]
+            ), key
         else:
             assert tensor == after[key], key
 
 
 def test_nf4_holds_the_merged_weights(mini):
-    """What the loader quantized is what bitsandbytes makes of the merged weights in 16 bits."""
+    """The loader quantizes the merged weights, in 16 bits, as bitsandbytes does."""
     from bitsandbytes import functional
 
-    merged = AutoModelForImageClassification.from_pretrained(mini.checkpoint("merged"), dtype=torch.bfloat16)
+    merged = AutoModelForImageClassification.from_pretrained(
+        mini.checkpoint("merged"), dtype=torch.bfloat16
+    )
     small = AutoModelForImageClassification.from_pretrained(mini.checkpoint("nf4"))
-    plain, counted = layers.linears(merged.to(small.device)), 0
+    plain = layers.linears(merged.to(small.device))
+    counted = 0
     for name, module in layers.linears(small).items():
         if isinstance(module, quantization.bnb.nn.Linear4bit):
-            oracle = functional.quantize_4bit(plain[name].weight.data, quant_type="nf4", compress_statistics=True)
+            oracle = functional.quantize_4bit(
+                plain[name].weight.data, quant_type="nf4", compress_statistics=True
+            )
             assert torch.equal(
-                functional.dequantize_4bit(module.weight.data, module.weight.quant_state),
+                functional.dequantize_4bit(
+                    module.weight.data, module.weight.quant_state
+                ),
                 functional.dequantize_4bit(*oracle),
             )
             counted += 1
@@ -88,22 +117,64 @@ def test_what_is_kept_and_what_is_quantized(mini):
     for name, weights in (("nf4", torch.uint8), ("int8", torch.int8)):
         tensors = load_file(mini.checkpoint(name) / "model.safetensors")
         assert tensors["classifier.weight"].dtype == torch.bfloat16
-        small = [key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.dtype == weights]
-        assert len(small) == 18 and not [key for key in small if "norm" in key or "classifier" in key]
+        small = [
+            key
+            for key, tensor in tensors.items()
+            if key.endswith(".weight") and tensor.dtype == weights
+        ]
+        assert len(small) == 18 and not [
+            key for key in small if "norm" in key or "classifier" in key
+        ]
 
 
 def test_a_variant_tells_what_was_loaded(mini):
-    full, small = (loader.load_variant(mini, variants.parse(name)) for name in ("fp32-sdpa", "nf4-sdpa"))
-    weights = load_file(mini.checkpoint("merged") / "model.safetensors")
-    assert full.parameters == small.parameters == sum(tensor.numel() for tensor in weights.values())
-    assert (full.linears_quantized, full.linears_kept) == (0, 19) and (small.linears_quantized, small.linears_kept) == (
-        18,
-        1,
+    full, small = (
+        loader.load_variant(mini, variants.parse(name))
+        for name in ("fp32-sdpa", "nf4-sdpa")
     )
-    assert full.dtype == torch.float32 and small.dtype == torch.bfloat16
+    weights = load_file(mini.checkpoint("merged") / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    assert full.parameters == small.parameters == parameters
+    assert (full.linears_quantized, full.linears_kept) == (0, 19)
+    assert (small.linears_quantized, small.linears_kept) == (18, 1)
+    assert full.dtype == torch.float32
+    assert small.dtype == devices.compute_dtype(small.device)
     assert small.class_names == ["circle", "cross", "ring", "square"]
     files = [path.stat().st_size for path in mini.checkpoint("nf4").iterdir()]
-    assert small.disk_bytes == sum(files) < full.disk_bytes and small.resident_bytes < full.resident_bytes
+    assert small.disk_bytes == sum(files) < full.disk_bytes
+    assert small.resident_bytes < full.resident_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["nf4-sdpa", "int8-sdpa"])
+def test_every_parameter_has_the_type_that_the_variant_computes_in(
+    mini, monkeypatch, name, dtype
+):
+    """transformers leaves some in the file's bfloat16 where float32 is asked for."""
+    monkeypatch.setattr(devices, "compute_dtype", lambda device: dtype)
+    loaded = loader.load_variant(mini, variants.parse(name))
+    assert loaded.dtype == dtype
+    types = {
+        name: parameter.dtype
+        for name, parameter in loaded.model.named_parameters()
+        if parameter.is_floating_point()
+    }
+    assert "classifier.weight" in types and "vit.layers.0.mlp.fc1.bias" in types
+    assert {name: kind for name, kind in types.items() if kind != dtype} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_weights_are_packed_only_to_compute_in_bfloat16(mini, monkeypatch, dtype):
+    """bitsandbytes multiplies packed weights in bfloat16, whatever is asked for."""
+    monkeypatch.setattr(quantization.bnb.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(devices, "compute_dtype", lambda device: dtype)
+    loaded = loader.load_variant(mini, variants.parse("nf4-sdpa"))
+    packed = {
+        module.support_avx512bf16_for_cpu
+        for module in loaded.model.modules()
+        if isinstance(module, quantization.bnb.nn.Linear4bit)
+    }
+    assert packed == {dtype == torch.bfloat16}
 
 
 def test_a_checkpoint_that_is_not_what_the_variant_needs(mini):
@@ -118,8 +189,12 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(mini, tmp_path):
     shutil.copytree(mini.checkpoint("merged"), tmp_path / "part")
     weights = load_file(tmp_path / "part" / "model.safetensors")
     del weights["vit.encoder.layer.1.intermediate.dense.weight"]
-    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 missing keys, such as vit.layers.1.mlp.fc1.weight"):
+    save_file(
+        weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        UserError, match=r"1 missing keys, such as vit.layers.1.mlp.fc1.weight"
+    ):
         loader.load_variant(mini, variants.parse("fp32-sdpa"), tmp_path / "part")
 
 
@@ -127,13 +202,19 @@ def test_full_precision_is_full(mini):
     """TensorFloat-32 would make it 19 bits."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     loader.load_variant(mini, variants.parse("fp32-sdpa"))
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert (
+        not torch.backends.cuda.matmul.allow_tf32
+        and not torch.backends.cudnn.allow_tf32
+    )
 
 
 def test_the_preprocessing_of_the_base_travels_with_every_export(mini):
     wanted = AutoImageProcessor.from_pretrained(pretrained.find_base(mini)).to_dict()
     for name in ("merged", "nf4", "int8"):
-        assert AutoImageProcessor.from_pretrained(mini.checkpoint(name)).to_dict() == wanted
+        assert (
+            AutoImageProcessor.from_pretrained(mini.checkpoint(name)).to_dict()
+            == wanted
+        )
 
 
 def test_pickles_and_empty_folders_are_refused(tmp_path):
@@ -145,7 +226,9 @@ def test_pickles_and_empty_folders_are_refused(tmp_path):
 
 
 def test_a_missing_checkpoint_names_the_command(mini):
-    with pytest.raises(UserError, match=f"python -m vitnb run finetune -p study {mini.typed}"):
+    with pytest.raises(
+        UserError, match=f"python -m vitnb run finetune -p study {mini.typed}"
+    ):
         loader.load_variant(mini, variants.parse("nf4-sdpa"), mini.outputs / "nowhere")
 
 
@@ -159,10 +242,16 @@ def test_the_fresh_head_is_the_same_in_every_precision(mini):
     heads = []
     for weights in ("fp32", "nf4"):
         torch.manual_seed(3)
-        heads.append(pretrained.load_base(mini, ["a", "b", "c"], weights).classifier.weight.detach().clone())
+        heads.append(
+            pretrained.load_base(mini, ["a", "b", "c"], weights)
+            .classifier.weight.detach()
+            .clone()
+        )
     assert torch.equal(*heads) and heads[0].shape == (3, 64)
 
 
 def test_the_base_of_another_study_is_asked_for_by_the_command_that_makes_it():
     with pytest.raises(UserError, match="python -m vitnb pretrain nowhere"):
-        pretrained.find_base(Study("one", "t", "q", "garden", base="outputs/nowhere/base"))
+        pretrained.find_base(
+            Study("one", "t", "q", "garden", base="outputs/nowhere/base")
+        )

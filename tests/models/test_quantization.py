@@ -16,33 +16,46 @@ def vit() -> nn.Module:
     """Twelve layers, so that names like layers.1 and layers.10 are both there."""
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=12, num_attention_heads=1, intermediate_size=64, image_size=16, patch_size=8, num_labels=7,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=1,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+        num_labels=7,
+    )
     return ViTForImageClassification(config).eval()
 
 
 def quantized(vit: nn.Module, kept: list[str]) -> nn.Module:
     for name, module in layers.linears(vit).items():
         if name not in kept:
-            vit.set_submodule(name, quantization.quantized_copy(module, 4, torch.bfloat16))
+            vit.set_submodule(
+                name, quantization.quantized_copy(module, 4, torch.bfloat16)
+            )
     return vit
 
 
 def test_a_4_bit_copy_is_bitsandbytes_nf4_with_double_quantization():
     torch.manual_seed(1)
     linear = nn.Linear(128, 192).to(torch.bfloat16)
-    codes, state = functional.quantize_4bit(linear.weight.data, quant_type="nf4", compress_statistics=True)
+    codes, state = functional.quantize_4bit(
+        linear.weight.data, quant_type="nf4", compress_statistics=True
+    )
     oracle = functional.dequantize_4bit(codes, state)
     copy = quantization.quantized_copy(linear, 4, torch.bfloat16)
-    found = functional.dequantize_4bit(copy.weight.data, copy.weight.quant_state)
-    assert torch.equal(found, oracle) and copy.weight.quant_state.nested
+    result = functional.dequantize_4bit(copy.weight.data, copy.weight.quant_state)
+    assert torch.equal(result, oracle) and copy.weight.quant_state.nested
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     with torch.inference_mode():
         assert torch.equal(copy(x), nn.functional.linear(x, oracle, linear.bias))
-    # NF4's widest gap is 0.3035 of a block's largest value: no weight may be further off than half of it, plus what
-    # the second quantization of those largest values adds.
+    # NF4's widest gap is 0.3035 of a block's largest value. No weight may be further
+    # off than half of it, plus the error of the second quantization, which is that of
+    # those largest values.
     blocks = linear.weight.data.float().view(-1, 64)
-    error = (found.float().view(-1, 64) - blocks).abs() / blocks.abs().amax(1, keepdim=True)
+    error = (result.float().view(-1, 64) - blocks).abs() / blocks.abs().amax(
+        1, keepdim=True
+    )
     assert 0.05 < error.max() < 0.152 + 0.03
 
 
@@ -65,13 +78,23 @@ def test_an_8_bit_copy_rounds_rows_to_int8():
 def test_keep_takes_whole_names_only(vit):
     kept = quantization.modules_to_skip(vit, ["vit.layers.1"])
     assert len(kept) == 7 and "classifier" in kept
-    assert all(name == "classifier" or name.startswith("vit.layers.1.") for name in kept)
+    assert all(
+        name == "classifier" or name.startswith("vit.layers.1.") for name in kept
+    )
     assert quantization.modules_to_skip(vit) == ["classifier"]
-    assert len(quantization.modules_to_skip(vit, ["vit.layers.0", "vit.layers.11"])) == 13
-    assert quantization.modules_to_skip(vit, ["vit.layers.0.mlp.fc1"]) == ["classifier", "vit.layers.0.mlp.fc1"]
+    assert (
+        len(quantization.modules_to_skip(vit, ["vit.layers.0", "vit.layers.11"])) == 13
+    )
+    assert quantization.modules_to_skip(vit, ["vit.layers.0.mlp.fc1"]) == [
+        "classifier",
+        "vit.layers.0.mlp.fc1",
+    ]
 
 
-@pytest.mark.parametrize("prefix", ["encoder.layer.21", "vit.layers.12", "vit.layers.1.attention.q", "classifier", ""])
+@pytest.mark.parametrize(
+    "prefix",
+    ["encoder.layer.21", "vit.layers.12", "vit.layers.1.attention.q", "classifier", ""],
+)
 def test_keeping_what_is_not_there_is_an_error(vit, prefix):
     with pytest.raises(UserError, match="changes nothing"):
         quantization.modules_to_skip(vit, [prefix])
@@ -80,10 +103,14 @@ def test_keeping_what_is_not_there_is_an_error(vit, prefix):
 def test_counts_are_read_from_the_model(vit):
     assert quantization.count_linears(vit) == (0, 73)
     assert quantization.check_counts(vit, quantized=False) == (0, 73)
-    assert quantization.check_counts(quantized(vit, ["classifier"]), quantized=True) == (72, 1)
+    assert quantization.check_counts(
+        quantized(vit, ["classifier"]), quantized=True
+    ) == (72, 1)
 
 
-@pytest.mark.parametrize("kept", [[], ["classifier", "vit.layers.3.mlp.fc1"], ["vit.layers.3.mlp.fc1"]])
+@pytest.mark.parametrize(
+    "kept", [[], ["classifier", "vit.layers.3.mlp.fc1"], ["vit.layers.3.mlp.fc1"]]
+)
 def test_a_quantized_head_or_a_plain_linear_is_an_error(vit, kept):
     with pytest.raises(VariantError, match="Linears are quantized"):
         quantization.check_counts(quantized(vit, kept), quantized=True)
@@ -109,10 +136,15 @@ def test_resident_bytes_of_nf4_count_its_state():
     holder = nn.ModuleList([quantization.quantized_copy(linear, 4, torch.bfloat16)])
     weights = 128 * 192
     blocks = weights // 64
-    codes, absmax = weights // 2, blocks  # one byte a block after the second quantization
+    codes, absmax = (
+        weights // 2,
+        blocks,
+    )  # one byte a block after the second quantization
     second = -(-blocks // 256) * 4  # its own float32 maxima
     tables, offset = (16 + 256) * 4, 4
-    assert quantization.resident_bytes(holder) == codes + absmax + second + tables + offset
+    assert (
+        quantization.resident_bytes(holder) == codes + absmax + second + tables + offset
+    )
 
 
 def test_resident_bytes_of_int8():
@@ -126,7 +158,9 @@ def test_a_model_that_may_not_be_packed_is_not(vit):
     model = quantized(vit, ["classifier"]).to(torch.bfloat16)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = True  # as bitsandbytes sets it on such a machine
+            module.support_avx512bf16_for_cpu = (
+                True  # as bitsandbytes sets it on such a machine
+            )
     quantization.disable_cpu_packing(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for module in model.modules():
@@ -138,15 +172,29 @@ def test_a_model_that_may_not_be_packed_is_not(vit):
 
 
 def test_the_loader_is_told_what_the_variant_means():
-    nf4 = quantization.bnb_config("nf4", ["classifier", "vit.layers.3.mlp.fc1"], torch.float16)
-    assert nf4.load_in_4bit and nf4.bnb_4bit_quant_type == "nf4" and nf4.bnb_4bit_use_double_quant
-    assert nf4.bnb_4bit_compute_dtype == torch.float16 and nf4.bnb_4bit_quant_storage == torch.uint8
+    nf4 = quantization.bnb_config(
+        "nf4", ["classifier", "vit.layers.3.mlp.fc1"], torch.float16
+    )
+    assert (
+        nf4.load_in_4bit
+        and nf4.bnb_4bit_quant_type == "nf4"
+        and nf4.bnb_4bit_use_double_quant
+    )
+    assert (
+        nf4.bnb_4bit_compute_dtype == torch.float16
+        and nf4.bnb_4bit_quant_storage == torch.uint8
+    )
     int8 = quantization.bnb_config("int8", ["classifier"])
-    assert int8.load_in_8bit and int8.llm_int8_threshold == 6.0, "LLM.int8 as the source study ran it"
-    assert nf4.llm_int8_skip_modules == ["classifier", "vit.layers.3.mlp.fc1"] and int8.llm_int8_skip_modules == [
-        "classifier"
-    ]
-    copy = quantization.quantized_copy(nn.Linear(64, 64).to(torch.float16), 8, torch.float16)
+    assert int8.load_in_8bit and int8.llm_int8_threshold == 6.0, (
+        "LLM.int8 as the source study ran it"
+    )
+    assert nf4.llm_int8_skip_modules == [
+        "classifier",
+        "vit.layers.3.mlp.fc1",
+    ] and int8.llm_int8_skip_modules == ["classifier"]
+    copy = quantization.quantized_copy(
+        nn.Linear(64, 64).to(torch.float16), 8, torch.float16
+    )
     assert copy.state.threshold == 6.0 and not copy.training
 
 

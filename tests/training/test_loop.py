@@ -1,4 +1,4 @@
-"""The training loop: repeatable, the best epoch kept, and for one of several processes nothing lost and nothing counted twice."""
+"""The training loop: repeatable, ends with its best epoch, and shares batches."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,9 @@ def test_a_seed_decides_everything(mini, shapes):
     for seed in (7, 7, 8):
         model = fresh(mini, shapes, seed)
         history = loop.train(model, mini, processor, train, valid, seed=seed)
-        histories.append([(row["epoch"], row["loss"], row["valid_top1"]) for row in history])
+        histories.append(
+            [(row["epoch"], row["loss"], row["valid_top1"]) for row in history]
+        )
         ends.append(snapshot(model))
     assert histories[0] == histories[1] != histories[2]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -41,25 +43,36 @@ def test_held_validation_images_change_nothing(mini, shapes, monkeypatch):
     """With memory for no image, each is read in every epoch; with enough, once."""
     train, valid, processor = shapes
     read, seen, found = read_image, [], []
-    monkeypatch.setattr(dataset, "read_image", lambda path: (seen.append(path), read(path))[1])
+    monkeypatch.setattr(
+        dataset, "read_image", lambda path: (seen.append(path), read(path))[1]
+    )
     for room in (0, 2**32):
         monkeypatch.setattr(dataset, "CACHE_BYTES", room)
         seen.clear()
         history = loop.train(fresh(mini, shapes), mini, processor, train, valid, seed=0)
         times = {seen.count(path) for path in valid.paths}
         found.append((times, [(row["loss"], row["valid_top1"]) for row in history]))
-    assert [times for times, _ in found] == [{2}, {1}] and found[0][1] == found[1][1] and len(found[0][1]) == 2
+    assert (
+        [times for times, _ in found] == [{2}, {1}]
+        and found[0][1] == found[1][1]
+        and len(found[0][1]) == 2
+    )
 
 
 def test_a_long_epoch_says_how_far_it_is(mini, shapes, monkeypatch, capsys):
-    """A clock that goes 90 s with every look at it: the first epoch's batches take 180 s each, and each is told."""
+    """The clock goes 90 s with every look, so a batch takes 180 s and gets a line."""
     train, valid, processor = shapes
     ticks = count(step=90)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))
     loop.train(fresh(mini, shapes), mini, processor, train, valid, epochs=1)
     batches = -(-len(train) // mini.finetune.batch_size)
-    said = re.findall(r"epoch  1/1  batch (\d+) of (\d+), at most (\d+) min left", capsys.readouterr().out)
-    assert [(int(at), int(of)) for at, of, _ in said] == [(i, batches) for i in range(1, batches + 1)]
+    said = re.findall(
+        r"epoch  1/1  batch (\d+) of (\d+), at most (\d+) min left",
+        capsys.readouterr().out,
+    )
+    assert [(int(at), int(of)) for at, of, _ in said] == [
+        (i, batches) for i in range(1, batches + 1)
+    ]
     # Looks: once at the start, once as the epoch begins, then twice a batch.
     assert [int(left) for *_, left in said] == [
         round((90 + 180 * i) / i * (batches - i) / 60) for i in range(1, batches + 1)
@@ -95,21 +108,35 @@ def always_class_2(mini, shapes):
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_label_smoothing_by_the_closed_form(mini, shapes, share):
-    """A head that gives every image the same logits, and hardly learns: as many labels of each class."""
+    """The head gives every image the same logits, and hardly learns."""
     train, valid, processor = shapes
     budget = replace(mini.finetune, label_smoothing=share, learning_rate=1e-9, epochs=1)
     (row,) = loop.train(
-        always_class_2(mini, shapes), replace(mini, finetune=budget), processor, train, valid, epochs=1
+        always_class_2(mini, shapes),
+        replace(mini, finetune=budget),
+        processor,
+        train,
+        valid,
+        epochs=1,
     )
     cost = -torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64).log_softmax(0)
-    assert row["loss"] == pytest.approx(cost.mean().item(), rel=1e-4), "equal shares: smoothing changes nothing"
+    assert row["loss"] == pytest.approx(cost.mean().item(), rel=1e-4), (
+        "equal shares: smoothing changes nothing"
+    )
     only_class_2 = replace(
         train,
-        paths=[p for p, label in zip(train.paths, train.labels, strict=True) if label == 2],
+        paths=[
+            p for p, label in zip(train.paths, train.labels, strict=True) if label == 2
+        ],
         labels=[2] * train.labels.count(2),
     )
     (row,) = loop.train(
-        always_class_2(mini, shapes), replace(mini, finetune=budget), processor, only_class_2, valid, epochs=1
+        always_class_2(mini, shapes),
+        replace(mini, finetune=budget),
+        processor,
+        only_class_2,
+        valid,
+        epochs=1,
     )
     wanted = (1 - share) * cost[2] + share * cost.mean()
     assert row["loss"] == pytest.approx(wanted.item(), rel=1e-4)
@@ -118,12 +145,14 @@ def test_label_smoothing_by_the_closed_form(mini, shapes, share):
 def test_validation_top1_counts_right_answers(mini, shapes):
     _, valid, processor = shapes
     model = always_class_2(mini, shapes)
-    found = loop.validation_top1(model, dataset.PixelDataset(valid, processor), devices.select_device())
+    found = loop.validation_top1(
+        model, dataset.PixelDataset(valid, processor), devices.select_device()
+    )
     assert found == valid.labels.count(2) / len(valid) == 0.25 and model.training
 
 
 class Team:
-    """One of three processes, the other two of which are asked for what they would say."""
+    """One of three processes; ``said`` holds the values of the others."""
 
     num_processes = 3
     device = torch.device("cpu")
@@ -141,17 +170,35 @@ def test_processes_that_share_a_split_count_each_image_once(mini, shapes):
     _, valid, processor = shapes
     model, said = always_class_2(mini, shapes), []
     for rank in range(3):
-        found = loop.validation_top1(model, dataset.PixelDataset(valid, processor), devices.select_device(), Team(rank, said))
+        found = loop.validation_top1(
+            model,
+            dataset.PixelDataset(valid, processor),
+            devices.select_device(),
+            Team(rank, said),
+        )
     assert found == 0.25 and sum(said) == 5 and min(said) > 0
 
 
 @pytest.mark.parametrize("images", [31, 32, 33])
 def test_the_parts_of_a_batch_are_the_batch(shapes, images):
-    """The same batches in the same order as one process has; of a last one that is too small, the first image fills up."""
-    split = replace(shapes[0], paths=(shapes[0].paths * 2)[:images], labels=list(range(images)))
+    """The parts of a batch are disjoint, and together they are the batch.
+
+    Where a last batch is too small for all, its first image fills up.
+    """
+    split = replace(
+        shapes[0], paths=(shapes[0].paths * 2)[:images], labels=list(range(images))
+    )
     pixels = dataset.PixelDataset(split, shapes[2])
-    whole = [labels.tolist() for _, labels in dataset.make_batches(pixels, 8, shuffle_seed=3)]
-    parts = [[y.tolist() for _, y in dataset.make_batches(pixels, 8, shuffle_seed=3, part=(rank, 4))] for rank in range(4)]
+    whole = [
+        labels.tolist() for _, labels in dataset.make_batches(pixels, 8, shuffle_seed=3)
+    ]
+    parts = [
+        [
+            y.tolist()
+            for _, y in dataset.make_batches(pixels, 8, shuffle_seed=3, part=(rank, 4))
+        ]
+        for rank in range(4)
+    ]
     assert sorted(chain(*whole)) == list(range(images))
     for batch, *shares in zip(whole, *parts, strict=True):
         assert [batch[rank::4] or batch[:1] for rank in range(4)] == shares
@@ -169,23 +216,34 @@ def test_a_loss_that_is_not_finite_is_an_error(mini, shapes):
     model = fresh(mini, shapes)
     with torch.no_grad():
         model.get_base_model().classifier.modules_to_save["default"].bias[0] = np.nan
-    with pytest.raises(UserError, match=r"loss of epoch 1 is nan: lower finetune: learning_rate"):
+    with pytest.raises(
+        UserError, match=r"loss of epoch 1 is nan: lower finetune: learning_rate"
+    ):
         loop.train(model, mini, processor, train, valid)
 
 
 def test_what_a_training_took():
-    rows = [{"seconds": 1.5, "peak_bytes": 7}, {"seconds": 2.0, "peak_bytes": 9}, {"seconds": 0.5, "peak_bytes": 9}]
+    rows = [
+        {"seconds": 1.5, "peak_bytes": 7},
+        {"seconds": 2.0, "peak_bytes": 9},
+        {"seconds": 0.5, "peak_bytes": 9},
+    ]
     assert learning.training_cost(rows) == {"seconds": 4.0, "peak_bytes": 9}
-    assert learning.training_cost([row | {"peak_bytes": None} for row in rows]) == {"seconds": 4.0, "peak_bytes": None}
+    assert learning.training_cost([row | {"peak_bytes": None} for row in rows]) == {
+        "seconds": 4.0,
+        "peak_bytes": None,
+    }
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_peak_is_that_of_this_training(mini, shapes):
-    """What was held before and is gone does not count; the model does."""
+    """Memory that was freed before does not count; the model does."""
     train, valid, processor = shapes
     before = torch.empty(2**28, device="cuda")
     del before
     model = fresh(mini, shapes)
-    found = learning.training_cost(loop.train(model, mini, processor, train, valid))["peak_bytes"]
+    found = learning.training_cost(loop.train(model, mini, processor, train, valid))[
+        "peak_bytes"
+    ]
     assert sum(p.numel() * p.element_size() for p in model.parameters()) < found < 2**28

@@ -1,4 +1,6 @@
-"""TODO."""
+"""Score predictions, and compare variants on the same images."""
+
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -6,20 +8,32 @@ from sklearn.metrics import confusion_matrix, f1_score
 
 from vitnb import statistics, variants
 
+COLUMNS = [
+    "variant",
+    "images",
+    *("top1", "low", "high"),
+    *("points", "points_low", "points_high"),
+    *("only_baseline_right", "only_variant_right", "p", "p_corrected"),
+    *("top5_points", "top5_points_low", "top5_points_high"),
+    *("kl", "kl_low", "kl_high", "kl_control_p_corrected"),
+    "verdict",
+]
+
 
 def is_correct(predictions: dict[str, list], k: int = 1) -> np.ndarray:
-    """Whether the true class is among the k likeliest, bool [images]."""
-    return (np.asarray(predictions["top5"])[:, :k] == np.asarray(predictions["labels"])[:, None]).any(axis=1)
+    """Return whether the true class is among the k likeliest, bool [images]."""
+    likeliest = np.asarray(predictions["top5"])[:, :k]
+    return (likeliest == np.asarray(predictions["labels"])[:, None]).any(axis=1)
 
 
 def top1_interval(predictions: dict[str, list]) -> tuple[float, float]:
-    """Wilson's 95% interval of the top-1."""
+    """Return Wilson's 95% interval of the top-1."""
     return statistics.wilson(is_correct(predictions).sum(), len(predictions["labels"]))
 
 
 def scores(predictions: dict[str, list]) -> dict[str, float]:
-    """Top-1, top-5 and weighted F1 (scikit-learn), each between 0 and 1."""
-    labels, predicted = predictions["labels"], [row[0] for row in predictions["top5"]]
+    """Return top-1, top-5 and weighted F1 (scikit-learn), each between 0 and 1."""
+    labels, predicted = predictions["labels"], first_choices(predictions)
     return {
         "images": len(labels),
         "top1": float(is_correct(predictions).mean()),
@@ -28,58 +42,157 @@ def scores(predictions: dict[str, list]) -> dict[str, float]:
     }
 
 
+def first_choices(predictions: dict[str, list]) -> list[int]:
+    """Return the likeliest class of each image, [images]."""
+    return [row[0] for row in predictions["top5"]]
+
+
 def confusion_counts(predictions: dict[str, list], classes: int) -> np.ndarray:
-    """Counts [classes, classes]: row the true class, column the predicted one."""
-    predicted = [row[0] for row in predictions["top5"]]
-    return confusion_matrix(predictions["labels"], predicted, labels=range(classes))
+    """Count predictions, [classes, classes]: rows are true classes."""
+    return confusion_matrix(
+        predictions["labels"], first_choices(predictions), labels=range(classes)
+    )
 
 
-COLUMNS = [
-    "variant", "images", "top1", "low", "high", "points", "points_low", "points_high",
-    "only_baseline_right", "only_variant_right", "p", "p_corrected", "top5_points", "top5_points_low", "top5_points_high",
-    "kl", "kl_low", "kl_high", "kl_control_p_corrected", "verdict",
-]  # fmt: skip
+def worst_classes(
+    predictions: dict[str, list], class_names: list[str] | None = None, count: int = 10
+) -> pd.DataFrame:
+    """Return the classes with the lowest top-1, worst first.
+
+    Args:
+        class_names: by class number; a class without a name is called by its number.
+        count: of classes at most; classes without a mistake are left out.
+
+    Returns:
+        Columns class, images, correct, top1, taken_for: the three commonest wrong
+        answers, each with its number of images.
+    """
+
+    def name(label: int) -> str:
+        return class_names[label] if class_names else f"class {label}"
+
+    labels, answers = np.asarray(predictions["labels"]), first_choices(predictions)
+    rows = []
+    for label in np.unique(labels).tolist():
+        given = Counter(answers[i] for i in np.flatnonzero(labels == label))
+        images, correct = sum(given.values()), given.pop(label, 0)
+        wrong = sorted(given.items(), key=lambda item: (-item[1], item[0]))[:3]
+        rows.append(
+            {
+                "class": name(label),
+                "images": images,
+                "correct": correct,
+                "top1": correct / images,
+                "taken_for": ", ".join(f"{name(other)} ({n})" for other, n in wrong),
+            }
+        )
+    table = pd.DataFrame(
+        rows, columns=["class", "images", "correct", "top1", "taken_for"]
+    )
+    wrong_somewhere = table[table.correct < table.images]
+    return wrong_somewhere.sort_values("top1", kind="stable").head(count)
 
 
 def paired_comparison(evaluated: list[dict], record: dict | None) -> pd.DataFrame:
-    """Every variant's answers beside the baseline's on the same images: Wilson's interval, McNemar's test, KL.
+    """Compare every variant's answers with the baseline's, image by image.
 
-    P-values are corrected for the number of variants (Holm). ``kl_control_p_corrected`` is the paired t-test that a
-    variant moves the answers further than 16-bit computing alone (bf16-sdpa) does.
+    Args:
+        evaluated: evaluate records.
+        record: the compare record, which holds KL by image; None without a comparison.
+
+    Returns:
+        A row for each variant, columns COLUMNS: top-1 with Wilson's interval,
+        McNemar's test, KL in nats with its bootstrap interval. P-values are corrected
+        for the number of variants (Holm). ``kl_control_p_corrected`` tests whether a
+        variant moves the answers further than 16-bit computing alone (bf16-sdpa) does
+        (paired t-test). Empty without a baseline.
     """
-    found = {r["asked"]["variant"]: r["predictions"] for r in evaluated if r["status"] == "ok"}
-    if variants.BASELINE not in found:
+    predictions = {
+        r["asked"]["variant"]: r["predictions"]
+        for r in evaluated
+        if r["status"] == "ok"
+    }
+    if variants.BASELINE not in predictions:
         return pd.DataFrame(columns=COLUMNS)
-    correct = {name: is_correct(predictions) for name, predictions in found.items()}
-    moved = {name: np.asarray(a["kl_by_image"]) for name, a in (record or {}).get("answers", {}).items()}
-    base, control = correct[variants.BASELINE], moved.get(variants.CONTROL)
+    kl = _kl_by_image(record)
     rows = []
-    for name in variants.sort_names(found):
-        low, high = top1_interval(found[name])
-        row = {"variant": name, "images": len(base), "top1": correct[name].mean(), "low": low, "high": high}
+    for name in variants.sort_names(predictions):
+        row = _own_scores(name, predictions[name])
         if name != variants.BASELINE:
-            only_base, only_variant, p = statistics.mcnemar(base, correct[name])
-            row |= {"only_baseline_right": only_base, "only_variant_right": only_variant, "p": p}
-            for score, k in (("points", 1), ("top5_points", 5)):
-                both = [is_correct(found[which], k) for which in (name, variants.BASELINE)]
-                row |= dict(zip((score, f"{score}_low", f"{score}_high"), statistics.paired_points(*both), strict=True))
-            if name in moved:
-                row |= dict(zip(("kl", "kl_low", "kl_high"), statistics.bootstrap_mean(moved[name]), strict=True))
-                if control is not None and name != variants.CONTROL and variants.parse(name).weights != "fp32":
-                    row["kl_control_p"] = statistics.paired_t_pvalue(moved[name], control)
+            row |= _against_baseline(predictions[name], predictions[variants.BASELINE])
+            row |= _divergence(name, kl)
         rows.append(row)
     table = pd.DataFrame(rows).reindex(columns=[*COLUMNS, "kl_control_p"])
-    for column, corrected in (("p", "p_corrected"), ("kl_control_p", "kl_control_p_corrected")):
+    for column, corrected in (
+        ("p", "p_corrected"),
+        ("kl_control_p", "kl_control_p_corrected"),
+    ):
         known = table[column].notna()
         table.loc[known, corrected] = statistics.holm(table.loc[known, column].tolist())
     table["verdict"] = [_verdict(row) for _, row in table.iterrows()]
     return table[COLUMNS]
 
 
+def _kl_by_image(record: dict | None) -> dict[str, np.ndarray]:
+    """Return the KL to the baseline by variant, [images] each."""
+    answers = (record or {}).get("answers", {})
+    return {name: np.asarray(answer["kl_by_image"]) for name, answer in answers.items()}
+
+
+def _own_scores(name: str, predictions: dict[str, list]) -> dict[str, object]:
+    low, high = top1_interval(predictions)
+    correct = is_correct(predictions)
+    return {
+        "variant": name,
+        "images": len(correct),
+        "top1": correct.mean(),
+        "low": low,
+        "high": high,
+    }
+
+
+def _against_baseline(predictions: dict, baseline: dict) -> dict[str, float]:
+    """Return McNemar's test, and the differences of top-1 and top-5 in points."""
+    only_baseline, only_variant, p = statistics.mcnemar(
+        is_correct(baseline), is_correct(predictions)
+    )
+    row = {
+        "only_baseline_right": only_baseline,
+        "only_variant_right": only_variant,
+        "p": p,
+    }
+    for score, k in (("points", 1), ("top5_points", 5)):
+        points = statistics.paired_points(
+            is_correct(predictions, k), is_correct(baseline, k)
+        )
+        row |= dict(zip((score, f"{score}_low", f"{score}_high"), points, strict=True))
+    return row
+
+
+def _divergence(name: str, kl: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the mean KL, and the p-value of exceeding the 16-bit control's."""
+    if name not in kl:
+        return {}
+    row = dict(
+        zip(
+            ("kl", "kl_low", "kl_high"),
+            statistics.bootstrap_mean(kl[name]),
+            strict=True,
+        )
+    )
+    computes_in_16_bits = (
+        name != variants.CONTROL and variants.parse(name).weights != "fp32"
+    )
+    if variants.CONTROL in kl and computes_in_16_bits:
+        row["kl_control_p"] = statistics.paired_t_pvalue(kl[name], kl[variants.CONTROL])
+    return row
+
+
 def _verdict(row: pd.Series) -> str:
-    """In words, and never better or worse inside the noise."""
+    """Describe a variant's accuracy; never better or worse inside the noise."""
     if row.variant == variants.BASELINE:
         return "the baseline"
     if row.p_corrected < 1 - statistics.LEVEL:
-        return f"{'better' if row.points > 0 else 'worse'} than {variants.BASELINE}: {row.points:+.1f} points"
+        word = "better" if row.points > 0 else "worse"
+        return f"{word} than {variants.BASELINE}: {row.points:+.1f} points"
     return "no difference beyond noise"

@@ -1,117 +1,162 @@
-"""What a plan is worth: from its record alone, the trade-off of bytes and KL, and the proof on images that it was not chosen on."""
+"""Evaluate a mixed-precision plan on held-out images, from its record.
+
+A plan is chosen on validation images. Images that chose nothing then show what it is
+worth: the record's ``proof`` holds the KL of the plan and of random plans on them.
+"""
 
 import numpy as np
 import pandas as pd
 
 from vitnb import statistics
 
-TARGET = 0.25  # a plan should cut at least this share of uniform NF4's KL, and beat every random plan
+# A plan should cut at least this share of uniform NF4's KL, and beat every random plan.
+TARGET = 0.25
 
+# Names of the choices that no budget made.
+NF4, INT8 = "uniform NF4", "uniform int8"
+BF16, ENDS = "16 bits everywhere", "first and last in 16 bits"
 
-# Names of the rows that no budget chose:
-NF4, INT8, BF16, ENDS = "uniform NF4", "uniform int8", "16 bits everywhere", "first and last in 16 bits"
-
+# Images that a plan is validated on.
+TEST, HALF = "test images", "validation images that did not choose"
 
 COLUMNS = [
-    "name",
-    "curve",
-    "extra_bytes",
-    "extra",
-    "predicted_kl",
-    "kl",
-    "low",
-    "high",
-    "cut",
-    "linears_quantized",
-    "linears_kept",
-    "top1",
+    *("name", "curve", "extra_bytes", "extra", "predicted_kl", "kl", "low", "high"),
+    *("cut", "linears_quantized", "linears_kept", "top1"),
 ]
 
 
-TEST, HALF = "test images", "validation images that did not choose"  # what a proof may be on
-
-
 def trade_off(rows: list[dict], uniform_bytes: int) -> pd.DataFrame:
-    """A row for each choice measured: bytes beyond uniform NF4 (``extra``, as a share of it), KL in nats as predicted and as measured
-    with its 95% interval, and ``cut``, the share of the first row's KL (uniform NF4's) that is gone.
+    """Return bytes against KL, a row for each measured choice.
+
+    Args:
+        rows: of a plan record, ``curve`` or ``proof``; the first is uniform NF4.
+        uniform_bytes: of uniform NF4.
+
+    Returns:
+        Columns COLUMNS. ``extra``: bytes beyond uniform NF4, as a share of them;
+        ``kl``, in nats, with its 95% interval; ``cut``: the share of uniform NF4's KL
+        that the choice removes.
     """
+    uniform_kl = np.mean(rows[0]["kl_by_image"])
     lines = []
     for row in rows:
-        line = dict(zip(("kl", "low", "high"), statistics.bootstrap_mean(row["kl_by_image"]), strict=True))
-        line |= {"extra": row["extra_bytes"] / uniform_bytes, "cut": 1 - line["kl"] / np.mean(rows[0]["kl_by_image"])}
-        lines.append(row | line)
+        kl, low, high = statistics.bootstrap_mean(row["kl_by_image"])
+        measured = {"kl": kl, "low": low, "high": high, "cut": 1 - kl / uniform_kl}
+        lines.append(row | measured | {"extra": row["extra_bytes"] / uniform_bytes})
     return pd.DataFrame(lines)[COLUMNS]
 
 
 def kl_reduction(nf4, plan) -> tuple[float, float, float]:
-    """(share of NF4's mean KL that the plan cuts, low, high): KL by image, [images] each; bootstrap over images, in pairs."""
+    """Return the share of NF4's mean KL that the plan removes, as (value, low, high).
+
+    Args:
+        nf4, plan: KL by image, [images] each; the bootstrap draws images, in pairs.
+    """
     nf4, plan = np.asarray(nf4), np.asarray(plan)
 
     def share(drawn: np.ndarray) -> np.ndarray:
         index = drawn.astype(int)
         return 1 - plan[index].mean(-1) / nf4[index].mean(-1)
 
-    return float(1 - plan.mean() / nf4.mean()), *statistics.bootstrap(np.arange(len(nf4)), share)
+    low, high = statistics.bootstrap(np.arange(len(nf4)), share)
+    return float(1 - plan.mean() / nf4.mean()), low, high
 
 
 def validate(record: dict) -> dict:
-    """The plan on the images that prove: its cut with the interval, and how many random plans of the same bytes it beats.
+    """Measure a plan on the images that did not choose it.
 
     Returns:
-        cut, low, high; random (their number), beaten (by the mean KL), beyond_noise (of these by a paired t-test, corrected for their
-        number), best_random (the largest cut of one); met (``BAR`` and all beaten); best, best_extra (the largest cut of a plan on
-        the curve, on validation images, and its bytes); images.
+        cut, low, high: see ``kl_reduction``; random: the number of random plans of as
+        many bytes; beaten: by the mean KL; beyond_noise: beaten by a paired t-test,
+        corrected for their number; best_random: the largest cut of a random plan; met:
+        TARGET is reached and all are beaten; best, best_extra: the largest cut of a
+        plan on the curve, on validation images, and its bytes; images.
     """
-    by_name = {row["name"]: np.asarray(row["kl_by_image"]) for row in record["proof"]}
-    nf4, plan = by_name[NF4], by_name["plan"]
-    chance = [kl for name, kl in by_name.items() if name.startswith("random ")]
-    value, low, high = kl_reduction(nf4, plan)
-    p = statistics.holm([statistics.paired_t_pvalue(kl, plan) for kl in chance])
-    beaten = sum(plan.mean() < kl.mean() for kl in chance)
+    kl = {row["name"]: np.asarray(row["kl_by_image"]) for row in record["proof"]}
+    nf4, plan = kl[NF4], kl["plan"]
+    chance = [values for name, values in kl.items() if name.startswith("random ")]
+    cut, low, high = kl_reduction(nf4, plan)
+    beaten = int(sum(plan.mean() < other.mean() for other in chance))
+    p_values = statistics.holm(
+        [statistics.paired_t_pvalue(other, plan) for other in chance]
+    )
     curve = trade_off(record["curve"], record["plan"]["uniform_bytes"])
     best = curve[curve.curve != ""].sort_values("cut").iloc[-1]
     return {
-        "cut": value, "low": low, "high": high, "random": len(chance), "beaten": int(beaten),
-        "beyond_noise": sum(one < 1 - statistics.LEVEL for one in p), "met": bool(value >= TARGET and beaten == len(chance)),
-        "best_random": max(float(1 - kl.mean() / nf4.mean()) for kl in chance), "best": float(best.cut), "best_extra": float(best.extra),
+        "cut": cut,
+        "low": low,
+        "high": high,
+        "random": len(chance),
+        "beaten": beaten,
+        "beyond_noise": sum(p < 1 - statistics.LEVEL for p in p_values),
+        "met": bool(cut >= TARGET and beaten == len(chance)),
+        "best_random": max(float(1 - kl.mean() / nf4.mean()) for kl in chance),
+        "best": float(best.cut),
+        "best_extra": float(best.extra),
         "images": len(plan),
-    }  # fmt: skip
+    }
 
 
 def validation_images(record: dict) -> str:
-    """Which images the proof is on; a record that does not say is from when it was always the test split."""
+    """Return which images a plan was validated on, in words.
+
+    A record that does not say is older than the choice: it used the test split.
+    """
     return record.get("proven_on", TEST)
 
 
 def describe_plan(record: dict) -> str:
-    """The verdict in one or two sentences: cut by how much, beats how many, and whether that is what a plan should do."""
-    found, plan, on = validate(record), record["plan"], validation_images(record)
-    said = (
-        f"plan {plan['name']} holds {plan['extra_bytes'] / plan['uniform_bytes']:.1%} more bytes than uniform NF4. On {found['images']} "
-        f"{on}{', which chose nothing' * (on == TEST)}, it cuts the KL to fp32 by {found['cut']:.1%} "
-        f"({found['low']:.1%} to {found['high']:.1%}), and "
-        f"beats {found['beaten']} of {found['random']} random plans of the same bytes ({found['beyond_noise']} beyond noise; the best of "
-        f"them cuts {found['best_random']:.1%})."
+    """Describe a plan's cut, the random plans that it beats, and its target."""
+    result, plan, on = validate(record), record["plan"], validation_images(record)
+    if on == TEST:
+        on = f"{on}, which chose nothing"
+    measured = (
+        f"plan {plan['name']} holds {plan['extra_bytes'] / plan['uniform_bytes']:.1%} "
+        f"more bytes than uniform NF4. On {result['images']} {on}, it cuts the KL to "
+        f"fp32 by {result['cut']:.1%} ({result['low']:.1%} to {result['high']:.1%}), "
+        f"and beats {result['beaten']} of {result['random']} random plans of the same "
+        f"bytes ({result['beyond_noise']} beyond noise; the best of them cuts "
+        f"{result['best_random']:.1%})."
     )
-    if found["met"]:
-        return f"{said} At least {TARGET:.0%} and every random plan were asked for: met."
+    target = f"At least {TARGET:.0%} and every random plan were asked for"
+    if result["met"]:
+        return f"{measured} {target}: met."
     return (
-        f"{said} At least {TARGET:.0%} and every random plan were asked for: missed. The best that any budget on the curve gives, on "
-        f"validation images, is a cut of {found['best']:.1%} for {found['best_extra']:.1%} more bytes."
+        f"{measured} {target}: missed. The best that any budget on the curve gives, on "
+        f"validation images, is a cut of {result['best']:.1%} for "
+        f"{result['best_extra']:.1%} more bytes."
     )
 
 
 def describe_kept(record: dict) -> str:
-    """What the plan keeps, in words."""
-    names = {bits: [] for bits in (16, 8)}
+    """Name the Linears that a plan keeps in 16 and in 8 bits."""
+    names = {16: [], 8: []}
     for linear, bits in record["plan"]["widths"].items():
         names[bits].append(record["parts"][linear])
-    return "; ".join(f"in {bits} bits: {', '.join(parts)}" for bits, parts in names.items() if parts)
+    return "; ".join(
+        f"in {bits} bits: {', '.join(parts)}" for bits, parts in names.items() if parts
+    )
 
 
-def current_plans(found: list[dict], finetuned: dict | None) -> tuple[list[dict], list[dict]]:
-    """The plan records that belong to the newest fine-tuning, and the plans that do not."""
-    every = [record for record in found if record["notebook"] == "plan" and record["status"] == "ok"]
-    merged = finetuned["checkpoint_sha256"]["merged"] if finetuned else None
-    fresh = [record for record in every if merged in (None, record["plan"]["merged_sha256"])]
-    return fresh, [record["plan"] for record in every if record not in fresh]
+def current_plans(
+    records: list[dict], finetuned: dict | None
+) -> tuple[list[dict], list[dict]]:
+    """Separate the plans of the newest fine-tuning from older plans.
+
+    Args:
+        records: of a study, of all kinds.
+        finetuned: the finetune record, if there is one.
+
+    Returns:
+        (plan records of the newest fine-tuning, plans of another fine-tuning).
+    """
+    current, old = [], []
+    for record in records:
+        if record["notebook"] != "plan" or record["status"] != "ok":
+            continue
+        made_from = record["plan"]["merged_sha256"]
+        if finetuned and finetuned["checkpoint_sha256"]["merged"] != made_from:
+            old.append(record["plan"])
+        else:
+            current.append(record)
+    return current, old

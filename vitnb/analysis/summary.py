@@ -1,4 +1,4 @@
-"""Summary: from records to one table, and to verdicts against what was expected."""
+"""Summarize evaluate records in one table, and judge results against expectations."""
 
 import numpy as np
 import pandas as pd
@@ -10,181 +10,288 @@ from vitnb.records.reader import load_records
 from vitnb.study import Study
 
 COLUMNS = [
-    "variant", "weights", "attention", "attention_ran", "engine", "engine_ran", "device", "status", "reason", "batch_size",
-    "images", "top1", "top1_low", "top1_high", "top5", "f1", "parameters", "linears_quantized", "linears_kept", "latency_mean_ms",
-    *(f"latency_{name}{part}_ms" for name in latency.SHARES for part in ("", "_low", "_high")), "latency_samples",
-    "host_p50_ms", "cold_p50_ms", "first_ms", "warm_up_stable", "throughput_ips", "tflops", "matmul_share", "roofline_share",
-    "disk_mb", "resident_mb", "scratch_mb", "peak_mb", "driver_peak_mb", "attention_time_ms", "total_time_ms", "idle_time_ms", "launches",
+    *("variant", "weights", "attention", "attention_ran", "engine", "engine_ran"),
+    *("device", "status", "reason", "batch_size"),
+    *("images", "top1", "top1_low", "top1_high", "top5", "f1"),
+    *("parameters", "linears_quantized", "linears_kept", "latency_mean_ms"),
+    *(
+        f"latency_{name}{end}_ms"
+        for name in latency.SHARES
+        for end in ("", "_low", "_high")
+    ),
+    *("latency_samples", "host_p50_ms", "cold_p50_ms", "first_ms", "warm_up_stable"),
+    *("throughput_ips", "tflops", "matmul_share", "roofline_share"),
+    *("disk_mb", "resident_mb", "scratch_mb", "peak_mb", "driver_peak_mb"),
+    *("attention_time_ms", "total_time_ms", "idle_time_ms", "launches"),
     "record",
-]  # fmt: skip
+]
+
+# --- The summary table ---
+
+
+def summary_table(study: Study) -> pd.DataFrame:
+    """Return the summary of a study's records; see ``summarize_records``."""
+    return summarize_records(load_records(study))
+
+
+def summarize_records(records: list[dict]) -> pd.DataFrame:
+    """Return one row for each variant, batch size and device, in the variants' order.
+
+    Args:
+        records: of a study, oldest first; of several for one row, the newest counts.
+    """
+    training = with_plans(find_record(records, "finetune"), records)
+    rows = {}
+    for record in records:
+        if record["notebook"] == "evaluate":
+            for row in record_rows(record, training):
+                rows[row["variant"], row["batch_size"], row["device"]] = row
+    ordered = sorted(rows.values(), key=_order)
+    return pd.DataFrame(ordered, columns=COLUMNS)
+
+
+def find_record(records: list[dict], name: str) -> dict | None:
+    """Return the record of this name, failed or not; None without one."""
+    return next((record for record in records if record["name"] == name), None)
+
+
+def _order(row: dict) -> tuple:
+    variant = variants.parse(row["variant"])
+    return variants.sort_key(variant), row["batch_size"], row["device"]
 
 
 def device_name(record: dict) -> str:
-    """The name of the device that a record was measured on."""
-    on = record.get("device") or record["asked"].get("device") or ("cuda" if record["machine"]["gpu"] else "cpu")
-    return record["machine"]["gpu"] if on == "cuda" else record["machine"]["cpu"]
+    """Return the name of the device that a record was measured on."""
+    machine = record["machine"]
+    device = record.get("device") or record["asked"].get("device")
+    if not device:  # in old records
+        device = "cuda" if machine["gpu"] else "cpu"
+    return machine["gpu"] if device == "cuda" else machine["cpu"]
 
 
-def with_plans(training: dict | None, found: list[dict]) -> dict | None:
-    """A study's finetune record, with the exports of the plans that were made for its model beside its own."""
+def with_plans(training: dict | None, records: list[dict]) -> dict | None:
+    """Return the finetune record with the checksums of matching plans added."""
     if not training or training["status"] != "ok":
         return training
     sums = dict(training["checkpoint_sha256"])
-    for record in found:
-        if (
-            record["notebook"] == "plan"
-            and record["status"] == "ok"
-            and record["plan"]["merged_sha256"] == sums["merged"]
-        ):
-            sums[f"plan-{record['plan']['name']}"] = record["checkpoint_sha256"]
+    plans, _ = plan_validation.current_plans(records, training)
+    for record in plans:
+        sums[f"plan-{record['plan']['name']}"] = record["checkpoint_sha256"]
     return training | {"checkpoint_sha256": sums}
 
 
 def stale_reason(record: dict, training: dict | None) -> str:
-    """Why a record does not belong to the newest fine-tuning, or plan, or nothing if it does; see ``with_plans``."""
+    """Say why a record does not belong to the newest fine-tuning or plan.
+
+    Args:
+        training: see ``with_plans``.
+
+    Returns:
+        An empty text if the record belongs to them.
+    """
     if record["status"] != "ok" or not training or training["status"] != "ok":
         return ""
     name = variants.parse(record["asked"]["variant"]).checkpoint
     if record["checkpoint_sha256"] == training["checkpoint_sha256"].get(name):
         return ""
     made = "plan" if name.startswith("plan-") else "finetune"
-    return f"measured on another checkpoint than the newest {made} record made: measure it again"
+    return (
+        f"measured on another checkpoint than the newest {made} record made: "
+        "measure it again"
+    )
 
 
 def record_rows(record: dict, training: dict | None = None) -> list[dict]:
-    """The rows of one evaluate record: one for each batch size, or as many empty ones, with a reason, if it failed.
+    """Return the rows of one evaluate record, one for each batch size.
 
-    ``training``: the study's finetune record; a record that was measured on another checkpoint is stale.
+    Rows of a failed or stale record hold a reason and no numbers.
+
+    Args:
+        training: see ``with_plans``; a record of another checkpoint is stale.
     """
-    variant, reason = variants.parse(record["asked"]["variant"]), stale_reason(record, training)
-    same = {
-        "variant": variant.name, "weights": variant.weights, "attention": variant.attention, "engine": variant.engine,
-        "device": device_name(record), "status": "stale" if reason else record["status"], "reason": reason or record["reason"],
+    stale = stale_reason(record, training)
+    variant = variants.parse(record["asked"]["variant"])
+    row = {
+        "variant": variant.name,
+        "weights": variant.weights,
+        "attention": variant.attention,
+        "engine": variant.engine,
+        "device": device_name(record),
+        "status": "stale" if stale else record["status"],
+        "reason": stale or record["reason"],
         "record": record["name"],
-    }  # fmt: skip
-    if same["status"] != "ok":
-        return [same | {"batch_size": size} for size in record["asked"]["batch_sizes"]]
-    low, high = accuracy.top1_interval(record["predictions"])
-    same |= accuracy.scores(record["predictions"]) | {
-        "top1_low": low, "top1_high": high, "parameters": record["parameters"],
-        "linears_quantized": record["linears_quantized"], "linears_kept": record["linears_kept"],
-        "disk_mb": record["disk_bytes"] / MB, "resident_mb": record["resident_bytes"] / MB,
-        # A record from before there were engines has none.
-        "scratch_mb": record.get("scratch_bytes", 0) / MB, "engine_ran": record.get("engine_ran", "eager"),
-        "reason": record.get("engine_reason", ""),
-    }  # fmt: skip
+    }
+    if row["status"] != "ok":
+        return [row | {"batch_size": size} for size in record["asked"]["batch_sizes"]]
+    row |= _model_columns(record)
     parts = zip(record["timings"], record["traces"], record["memory"], strict=True)
-    return [same | _timed(timing) | _traced(trace) | {
-        "peak_mb": peaks["allocator_peak_bytes"] / MB, "driver_peak_mb": peaks["driver_peak_bytes"] / MB,
-    } | performance.roofline_shares(
-        record["roofline"], record["resident_bytes"], timing["batch_size"], float(np.median(latency.device_samples(timing)))
-    )
-        for timing, trace, peaks in parts]  # fmt: skip
+    return [
+        row
+        | _timing_columns(timing)
+        | _trace_columns(trace)
+        | _memory_columns(peaks)
+        | _roofline_columns(record, timing)
+        for timing, trace, peaks in parts
+    ]
 
 
-def _timed(timing: dict) -> dict:
-    """The columns of one timing."""
+def _model_columns(record: dict) -> dict:
+    """Return the columns that do not depend on the batch size."""
+    low, high = accuracy.top1_interval(record["predictions"])
+    return accuracy.scores(record["predictions"]) | {
+        "top1_low": low,
+        "top1_high": high,
+        "parameters": record["parameters"],
+        "linears_quantized": record["linears_quantized"],
+        "linears_kept": record["linears_kept"],
+        "disk_mb": record["disk_bytes"] / MB,
+        "resident_mb": record["resident_bytes"] / MB,
+        # Records made before there were engines have none.
+        "scratch_mb": record.get("scratch_bytes", 0) / MB,
+        "engine_ran": record.get("engine_ran", "eager"),
+        "reason": record.get("engine_reason", ""),
+    }
+
+
+def _timing_columns(timing: dict) -> dict:
     samples = latency.device_samples(timing)
-    found = {
-        "batch_size": timing["batch_size"], "latency_mean_ms": float(np.mean(samples)), "latency_samples": len(samples),
-        "host_p50_ms": float(np.median(timing["host_ms"])), "cold_p50_ms": float(np.median(timing["cold_ms"])),
-        "first_ms": timing["first_ms"], "warm_up_stable": timing["warm_up"]["stable"],
+    row = {
+        "batch_size": timing["batch_size"],
+        "latency_mean_ms": float(np.mean(samples)),
+        "latency_samples": len(samples),
+        "host_p50_ms": float(np.median(timing["host_ms"])),
+        "cold_p50_ms": float(np.median(timing["cold_ms"])),
+        "first_ms": timing["first_ms"],
+        "warm_up_stable": timing["warm_up"]["stable"],
         "throughput_ips": timing["images_per_second"],
-    }  # fmt: skip
-    for name, carried in latency.percentiles(samples).items():
-        names = [f"latency_{name}{part}_ms" for part in ("", "_low", "_high")]
-        found |= dict(zip(names, carried or (None, None, None), strict=True))
-    return found
+    }
+    for name, interval in latency.percentiles(samples).items():
+        names = [f"latency_{name}{end}_ms" for end in ("", "_low", "_high")]
+        row |= dict(zip(names, interval or (None, None, None), strict=True))
+    return row
 
 
-def _traced(trace: dict) -> dict:
-    """The columns of one profiler trace."""
+def _trace_columns(trace: dict) -> dict:
     return {
-        "attention_ran": trace["attention_ran"], "attention_time_ms": trace["attention_ms"],
-        "total_time_ms": trace["total_ms"], "idle_time_ms": trace["idle_ms"], "launches": trace["launches"],
-    }  # fmt: skip
+        "attention_ran": trace["attention_ran"],
+        "attention_time_ms": trace["attention_ms"],
+        "total_time_ms": trace["total_ms"],
+        "idle_time_ms": trace["idle_ms"],
+        "launches": trace["launches"],
+    }
 
 
-def summary_table(study: Study) -> pd.DataFrame:
-    """One row for each variant, batch size and device measured so far, in the registry's order; the newest record counts."""
-    found, everything = {}, load_records(study)
-    training = with_plans(next((r for r in everything if r["name"] == "finetune"), None), everything)
-    for record in everything:
-        if record["notebook"] == "evaluate":
-            found |= {(row["variant"], row["batch_size"], row["device"]): row for row in record_rows(record, training)}
-    ordered = sorted(found.values(), key=lambda row: (variants.sort_key(variants.parse(row["variant"])), row["batch_size"], row["device"]))
-    return pd.DataFrame(ordered, columns=COLUMNS)
+def _memory_columns(peaks: dict) -> dict:
+    return {
+        "peak_mb": peaks["allocator_peak_bytes"] / MB,
+        "driver_peak_mb": peaks["driver_peak_bytes"] / MB,
+    }
 
 
-def expectation_verdicts(study: Study, found: dict[str, float]) -> pd.DataFrame:
-    """Results against the range that the study expects: inside, the range is shown; outside, the number as well.
+def _roofline_columns(record: dict, timing: dict) -> dict:
+    median_ms = float(np.median(latency.device_samples(timing)))
+    return performance.roofline_shares(
+        record["roofline"], record["resident_bytes"], timing["batch_size"], median_ms
+    )
 
-    The table is the same for every run that comes out as expected, which lets a test compare it to the letter.
+
+# --- Named results and what a study expects of them ---
+
+
+def expectation_verdicts(study: Study, results: dict[str, float]) -> pd.DataFrame:
+    """Judge results against the ranges that the study expects.
+
+    Inside its range, a result's own value is not shown. The table is then equal for
+    every run that comes out as expected, so a test can compare the table to the letter.
     """
     lines = []
-    for name, value in found.items():
+    for name, value in results.items():
         if name in study.expected:
             low, high = study.expected[name]
             inside = low <= value <= high
             verdict = "as expected" if inside else f"NOT as expected: {value:.4f}"
-            lines.append({"result": name, "expected": f"{low} to {high}", "verdict": verdict})
+            lines.append(
+                {"result": name, "expected": f"{low} to {high}", "verdict": verdict}
+            )
     return pd.DataFrame(lines, columns=["result", "expected", "verdict"])
 
 
 def format_verdicts(table: pd.DataFrame) -> str:
-    """Verdicts as text."""
-    return "the study expects nothing in particular of this" if table.empty else table.to_string(index=False)
+    """Return verdicts as text."""
+    if table.empty:
+        return "the study expects nothing in particular of this"
+    return table.to_string(index=False)
 
 
-def named_results(study: Study) -> dict[str, float]:
-    """Every result of a study that its YAML may expect, by name: ``fp32-sdpa top1``, ``nf4 disk ratio`` and so on."""
-    found, records = {}, load_records(study)
+def judge(study: Study, record: dict) -> str:
+    """Return the verdicts on one record's results as text."""
+    return format_verdicts(expectation_verdicts(study, named_results([record])))
+
+
+def named_results(records: list[dict]) -> dict[str, float]:
+    """Return every result that a study's YAML may expect, by name.
+
+    Names are, for instance, ``fp32-sdpa top1`` and ``nf4 disk ratio``.
+    """
+    by_notebook = {
+        "finetune": finetune_results,
+        "evaluate": evaluate_results,
+        "ablate": ablate_results,
+        "plan": plan_results,
+    }
+    results, evaluated = {}, set()
     for record in records:
-        if record["status"] != "ok":
-            continue
-        if record["notebook"] == "finetune":
-            found |= finetune_results(record)
-        elif record["notebook"] == "evaluate":
-            found |= evaluate_results(record)
-        elif record["notebook"] == "ablate":
-            found |= ablate_results(record)
-        elif record["notebook"] == "plan":
-            found |= plan_results(record)
-    baseline = found.get(f"{variants.BASELINE} top1")
-    measured = {r["asked"]["variant"] for r in records if r["notebook"] == "evaluate" and r["status"] == "ok"}
-    for name in variants.sort_names(measured - {variants.BASELINE}):
-        if baseline is not None:
-            found[f"{name} points lost"] = 100 * (baseline - found[f"{name} top1"])
-    return found
+        if record["status"] == "ok" and record["notebook"] in by_notebook:
+            results |= by_notebook[record["notebook"]](record)
+            if record["notebook"] == "evaluate":
+                evaluated.add(record["asked"]["variant"])
+    baseline = results.get(f"{variants.BASELINE} top1")
+    if baseline is not None:
+        for name in variants.sort_names(evaluated - {variants.BASELINE}):
+            lost = 100 * (baseline - results[f"{name} top1"])
+            results[f"{name} points lost"] = lost
+    return results
 
 
 def finetune_results(record: dict) -> dict[str, float]:
-    """Named results of a finetune record; of several seeds, see ``repeats.results``."""
-    sizes = record["disk_bytes"]
+    """Return named results of a finetune record.
+
+    Several seeds add theirs: see ``learning.seed_results``.
+    """
+    sizes, baselines = record["disk_bytes"], record["floors"]
     return {
         "valid top1": max(row["valid_top1"] for row in record["history"]),
-        "linear classifier on pixels top1": record["floors"]["pixels"],
-        "head on untrained base top1": record["floors"]["untrained"],
-        "linear probe top1": record["floors"]["probe"],
+        "linear classifier on pixels top1": baselines["pixels"],
+        "head on untrained base top1": baselines["untrained"],
+        "linear probe top1": baselines["probe"],
         "nf4 disk ratio": sizes["nf4"] / sizes["merged"],
         "int8 disk ratio": sizes["int8"] / sizes["merged"],
-    } | learning.seed_results(record.get("seeds", []))  # a record from before there were several has none
+        # Records made before there were several seeds have none.
+    } | learning.seed_results(record.get("seeds", []))
 
 
 def evaluate_results(record: dict) -> dict[str, float]:
-    """Named results of an evaluate record."""
-    return {
-        f"{record['asked']['variant']} {key}": value for key, value in accuracy.scores(record["predictions"]).items()
-    }
+    """Return named results of an evaluate record."""
+    scores = accuracy.scores(record["predictions"])
+    return {f"{record['asked']['variant']} {key}": scores[key] for key in scores}
 
 
 def ablate_results(record: dict) -> dict[str, float]:
-    """Named results of an ablate record: KL of full quantization, and that of none (the 16-bit control)."""
-    rows = {(row["bits"], row["kept"]): row["kl"] for row in record["rows"]}
-    return {f"{bits}-bit {kept} kept KL": value for (bits, kept), value in rows.items() if kept in ("none", "all")}
+    """Return named results of an ablate record.
+
+    They are the KL with no layer kept, and with all kept (the 16-bit control).
+    """
+    return {
+        f"{row['bits']}-bit {row['kept']} kept KL": row["kl"]
+        for row in record["rows"]
+        if row["kept"] in ("none", "all")
+    }
 
 
 def plan_results(record: dict) -> dict[str, float]:
-    """Named results of a plan record, on the images that did not choose it; see ``proof.proven``."""
-    found, name = plan_validation.validate(record), record["plan"]["name"]
-    return {f"plan {name} KL cut": found["cut"], f"plan {name} random plans beaten": found["beaten"] / found["random"]}
+    """Return named results of a plan record; see ``plan_validation.validate``."""
+    result, name = plan_validation.validate(record), record["plan"]["name"]
+    return {
+        f"plan {name} KL cut": result["cut"],
+        f"plan {name} random plans beaten": result["beaten"] / result["random"],
+    }

@@ -1,17 +1,16 @@
-"""Anatomy of a wrong benchmark: the source study's nineteen defects, each as small as it can be made.
+"""Anatomy of a wrong benchmark: the source study's nineteen defects, in small.
 
-Every case computes two numbers, the one that the defect gives and the one that is right, from real work on a small
-model: nothing is typed in. ``answers`` is about what a model is said to know, ``choices`` about picking the best of
-noisy numbers, ``clocks`` and ``traces`` about time, ``sizes`` about bytes, and ``conduct`` about what nobody noticed.
+Every case computes two numbers from real work on a small model: the one that the defect
+gives, and the right one. No number is typed in. ``answers`` is about predictions,
+``choices`` about picking the best of noisy numbers, ``clocks`` and ``traces`` about
+time, ``sizes`` about bytes, and ``conduct`` about failures that nobody noticed.
 """
 
-
-
-from vitnb.anatomy import answers, choices, clocks, conduct, sizes, traces
+from vitnb.anatomy import answers, choices, clocks, conduct, figures, sizes, traces
 from vitnb.anatomy.bench import Bench
-from vitnb.anatomy.case import Case
+from vitnb.anatomy.case import Case, lines, styled, table
 
-# The number of each defect -> the function that reproduces it: takes a Bench, returns a Case.
+# Number of a defect -> the function that reproduces it: takes a Bench, returns a Case.
 CASES = {
     1: answers.preprocessing,
     2: answers.frozen_head,
@@ -36,11 +35,23 @@ CASES = {
 
 
 def all_cases(bench: Bench) -> list[Case]:
-    """All nineteen, in order: about a minute on two CPU cores."""
-    return [case(bench) for case in CASES.values()]
+    """Reproduce all nineteen, in order: about a minute on two CPU cores."""
+    return [reproduce(bench) for reproduce in CASES.values()]
 
 
 __all__ = [
-    "CASES", "Bench", "Case", "all_cases", "answers", "choices", "clocks", "conduct", "figures", "lines", "sizes",
-    "styled", "table", "traces",
-]  # fmt: skip
+    "CASES",
+    "Bench",
+    "Case",
+    "all_cases",
+    "answers",
+    "choices",
+    "clocks",
+    "conduct",
+    "figures",
+    "lines",
+    "sizes",
+    "styled",
+    "table",
+    "traces",
+]

@@ -1,7 +1,8 @@
-"""What several cases share: a study's images, its base model with a quickly fitted head, and small exports of it.
+"""The work bench of the anatomy lesson: images, a fitted classifier, and its exports.
 
-No fine-tuned checkpoint is needed. The base stays frozen, its features of the training images are computed once, and
-logistic regression on them is a real classifier of all classes after a few seconds.
+No fine-tuned checkpoint is needed. The base model stays frozen, and its features of the
+training images are computed once. Logistic regression on these features gives a real
+classifier of all classes after a few seconds.
 """
 
 import shutil
@@ -30,37 +31,34 @@ BATCH_SIZE = 128
 
 @dataclass(eq=False)
 class Pictures:
-    """One split (or evenly spread images of it), as files, as pictures, and as the model wants them."""
+    """One split as pictures and as the model's input, each computed at first use."""
 
     split: Split
     processor: object
-    count: int
-
-    @cached_property
-    def chosen(self) -> list[int]:
-        whole = len(self.split)
-        return [i * whole // self.count for i in range(self.count)] if self.count < whole else list(range(whole))
 
     @cached_property
     def labels(self) -> np.ndarray:
         """The class index of every picture, int [images]."""
-        return np.asarray([self.split.labels[i] for i in self.chosen])
+        return np.asarray(self.split.labels)
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        return [read_image(self.split.paths[i]) for i in self.chosen]
+        """Every picture in RGB."""
+        return dataset.parallel_map(read_image, self.split.paths)
 
     @cached_property
     def pixels(self) -> torch.Tensor:
-        """float32 [images, 3, height, width], resized and normalized as the model was trained."""
+        """Preprocessed as in training: float32 [images, 3, height, width]."""
         return dataset.to_pixels(self.images, self.processor)
 
 
 @dataclass(eq=False)
 class Bench:
-    """The work bench of the anatomy lesson. Everything is computed when it is first asked for, and then kept.
+    """Everything that several cases share, each computed at first use and then stored.
 
-    test_images: how many images of the test split are used, spread evenly over its classes.
+    study: the study whose images and base model are used.
+    seed: seed of every random number.
+    test_images: number of test images to use, spread evenly over the classes.
     seconds: how long one comparison of times may take.
     """
 
@@ -71,12 +69,19 @@ class Bench:
 
     @classmethod
     def of(cls, study: str, seed: int | None = None, **options) -> "Bench":
-        """The bench of a study by its name or YAML path; without a seed, with the study's own."""
+        """Return the bench of a study.
+
+        Args:
+            study: a name under ``studies/`` or the path of a YAML file.
+            seed: None for the study's own.
+            options: ``test_images`` and ``seconds``.
+        """
         loaded = load_study(study)
         return cls(loaded, loaded.seed if seed is None else seed, **options)
 
     @cached_property
     def device(self) -> torch.device:
+        """The GPU if PyTorch sees one, else the CPU."""
         return devices.select_device()
 
     @cached_property
@@ -86,20 +91,23 @@ class Bench:
 
     @cached_property
     def train(self) -> Pictures:
-        whole = load_split(self.study, "train")
-        return Pictures(whole, self.processor, len(whole))
+        """The training images."""
+        return Pictures(load_split(self.study, "train"), self.processor)
 
     @cached_property
     def valid(self) -> Pictures:
-        whole = load_split(self.study, "valid")
-        return Pictures(whole, self.processor, len(whole))
+        """The validation images."""
+        return Pictures(load_split(self.study, "valid"), self.processor)
 
     @cached_property
     def test(self) -> Pictures:
-        return Pictures(load_split(self.study, "test"), self.processor, self.test_images)
+        """Test images, ``test_images`` at most."""
+        whole = load_split(self.study, "test")
+        return Pictures(whole.subsample(self.test_images), self.processor)
 
     @cached_property
     def class_names(self) -> list[str]:
+        """The classes in the order of training."""
         return self.train.split.class_names
 
     @cached_property
@@ -108,28 +116,33 @@ class Bench:
         return pretrained.load_base(self.study, self.class_names).eval()
 
     def _features(self, pictures: Pictures) -> np.ndarray:
-        found = []
+        """Compute what the base hands to its head: float64 [images, width]."""
+        batches = []
         head = self._base.get_submodule(layers.head_name(self._base))
-        hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float().cpu()))
+        hook = head.register_forward_pre_hook(
+            lambda _, inputs: batches.append(inputs[0].float().cpu())
+        )
         self.logits(pictures.pixels, self._base)
         hook.remove()
-        return torch.cat(found).double().numpy()
+        return torch.cat(batches).double().numpy()
 
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
-        """What the frozen base hands to its head for ``train``, ``valid`` and ``test``: float64 [images, width] each."""
+        """Features of the frozen base by split: {name: float64 [images, width]}."""
         return {name: self._features(getattr(self, name)) for name in SPLITS}
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base with a head that was fitted by logistic regression, in fp32 and evaluation mode."""
+        """The base with a head fitted by logistic regression: fp32, evaluation mode."""
         features = self.features["train"]
         mean, scale = features.mean(0), features.std(0) + 1e-6
-        fitted = LogisticRegression(C=0.1, max_iter=300).fit((features - mean) / scale, self.train.labels)
-        # scikit-learn keeps one row for two classes: the second's logit, with the first's at zero.
-        two = len(fitted.coef_) == 1
-        rows = np.vstack([0 * fitted.coef_, fitted.coef_]) if two else fitted.coef_
-        offsets = np.append(0, fitted.intercept_) if two else fitted.intercept_
+        fitted = LogisticRegression(C=0.1, max_iter=300)
+        fitted.fit((features - mean) / scale, self.train.labels)
+        rows, offsets = fitted.coef_, fitted.intercept_
+        if len(rows) == 1:
+            # scikit-learn stores one row for two classes: the second class's logit.
+            rows = np.vstack([np.zeros_like(rows), rows])
+            offsets = np.append(0, offsets)
         head = self._base.get_submodule(layers.head_name(self._base))
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(rows / scale))
@@ -137,44 +150,74 @@ class Bench:
         return self._base
 
     @torch.inference_mode()
-    def logits(self, pixels: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
-        """Logits of the fitted model, or of another one: [images, 3, height, width] -> float32 [images, classes]."""
+    def logits(
+        self, pixels: torch.Tensor, model: nn.Module | None = None
+    ) -> torch.Tensor:
+        """Return the logits of the fitted model, or of another model.
+
+        Args:
+            pixels: float32 [images, 3, height, width].
+            model: None for the fitted model.
+
+        Returns:
+            float32 [images, classes] on the CPU.
+        """
         model = self.model if model is None else model
-        batches = (batch.to(model.device, model.dtype) for batch in pixels.split(BATCH_SIZE))
-        return torch.cat([model(pixel_values=batch).logits.float().cpu() for batch in batches])
+        batches = []
+        for batch in pixels.split(BATCH_SIZE):
+            inputs = batch.to(model.device, model.dtype)
+            batches.append(model(pixel_values=inputs).logits.float().cpu())
+        return torch.cat(batches)
 
     def top1(self, pixels: torch.Tensor, model: nn.Module | None = None) -> float:
-        """Share of right answers for pixels of the test images, between 0 and 1."""
-        return float((self.logits(pixels, model).argmax(-1).numpy() == self.test.labels).mean())
+        """Return the share of correct predictions for pixels of the test images."""
+        predicted = self.logits(pixels, model).argmax(-1).numpy()
+        return float((predicted == self.test.labels).mean())
 
     @cached_property
     def exports(self) -> dict[str, Path]:
-        """Checkpoints of the fitted model, with its preprocessing: ``fp32``, ``nf4`` and ``int8``."""
+        """Checkpoints of the fitted model: {``fp32``, ``nf4`` or ``int8``: folder}."""
         root = Path(tempfile.mkdtemp(prefix="anatomy-"))
         weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         folders = {weights: root / weights for weights in ("fp32", "nf4", "int8")}
-        self.model.set_attn_implementation("sdpa")  # a name that transformers knows without this package
+        # transformers must know the attention's name in the file without this package.
+        self.model.set_attn_implementation("sdpa")
         self.model.save_pretrained(folders["fp32"])
         self.model.set_attn_implementation("vitnb-sdpa")
+        kept = quantization.modules_to_skip(self.model)
         for weights in ("nf4", "int8"):
-            small = _quantized(folders["fp32"], weights, quantization.modules_to_skip(self.model), self.device)
+            small = _quantized(folders["fp32"], weights, kept, self.device)
             quantization.disable_cpu_packing(small).save_pretrained(folders[weights])
         for folder in folders.values():
             self.processor.save_pretrained(folder)
         return folders
 
     def quantized(self, kept: list[str]) -> nn.Module:
-        """The fitted model, loaded as NF4 with the modules ``kept`` left in 16 bits. The list is not checked."""
+        """Load the fitted model as NF4, with some Linears kept in 16 bits.
+
+        Args:
+            kept: full names of modules; the list is not checked.
+        """
         return _quantized(self.exports["fp32"], "nf4", kept, self.device)
 
     def loaded(self, variant: str) -> loader.LoadedVariant:
-        """A variant of the exports by its name, ready to run."""
+        """Load a variant of the exports by its name, ready to run."""
         chosen = variants.parse(variant)
-        return loader.load_variant(self.study, chosen, self.exports[chosen.weights if chosen.quantized else "fp32"])
+        weights = chosen.weights if chosen.quantized else "fp32"
+        return loader.load_variant(self.study, chosen, self.exports[weights])
 
 
-def _quantized(folder: Path, weights: str, kept: list[str], on: torch.device) -> nn.Module:
-    half = devices.compute_dtype(on)
+def _quantized(
+    folder: Path, weights: str, kept: list[str], on: torch.device
+) -> nn.Module:
+    """Load a full-precision checkpoint as ``nf4`` or ``int8``, to be counted or saved.
+
+    Weights that are not quantized are in 16 bits, as in every export.
+    """
+    half = devices.half_dtype(on)
     return AutoModelForImageClassification.from_pretrained(
-        folder, dtype=half, quantization_config=quantization.bnb_config(weights, kept, half), device_map={"": on}
+        folder,
+        dtype=half,
+        quantization_config=quantization.bnb_config(weights, kept, half),
+        device_map={"": on},
     ).eval()

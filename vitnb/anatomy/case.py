@@ -1,4 +1,4 @@
-"""A case: one defect, with the number that it gives and the number that it should have given."""
+"""A case: one defect, with the number that it gives and the right number."""
 
 import zlib
 from collections.abc import Iterable
@@ -12,10 +12,12 @@ from IPython.display import HTML
 class Case:
     """One reproduced defect.
 
-    number: its row in the table of nineteen (the source study's defects).
-    title, what: its name, and what was measured on what.
-    unit: of both numbers.
-    wrong, right: what the defective way gives, and what the sound way gives; both were computed.
+    number: row in the table of the source study's nineteen defects.
+    title: name of the defect.
+    what: what was measured, on what.
+    unit: unit of both numbers.
+    wrong: the number of the defective way, computed.
+    right: the number of the sound way, computed.
     lesson: the habit that makes the defect impossible or visible.
     extra: whatever else was computed, for figures and tests.
     """
@@ -30,8 +32,12 @@ class Case:
     extra: dict = field(default_factory=dict)
 
 
-def told(value: float | str) -> str:
-    """A number as a reader wants it: whole ones whole, others with three digits that count, or two below 0.1."""
+def format_number(value: float | str) -> str:
+    """Format a number for a reader.
+
+    A whole number has no decimals. Others have three significant digits, or two
+    below 0.1.
+    """
     if isinstance(value, str):
         return value
     if float(value).is_integer():
@@ -40,14 +46,14 @@ def told(value: float | str) -> str:
 
 
 def table(cases: Iterable[Case]) -> pd.DataFrame:
-    """One row a case, by its number: wrong beside right, with the unit and the lesson."""
+    """Return one row for each case, by its number: wrong beside right."""
     rows = sorted(cases, key=lambda case: case.number)
     return pd.DataFrame(
         {
             "defect": [case.title for case in rows],
             "measured": [case.what for case in rows],
-            "wrong": [told(case.wrong) for case in rows],
-            "right": [told(case.right) for case in rows],
+            "wrong": [format_number(case.wrong) for case in rows],
+            "right": [format_number(case.right) for case in rows],
             "unit": [case.unit for case in rows],
             "lesson": [case.lesson for case in rows],
         },
@@ -56,12 +62,19 @@ def table(cases: Iterable[Case]) -> pd.DataFrame:
 
 
 def styled(frame: pd.DataFrame) -> HTML:
-    """A table for a notebook: whole texts, aligned to the left."""
-    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
-    name = f"{zlib.crc32(frame.to_csv().encode()):x}"  # a stored notebook changes only where its table does
+    """Return a table for a notebook, with whole texts, aligned to the left."""
+    left = [
+        {"selector": "th, td", "props": "text-align: left; vertical-align: top"},
+    ]
+    # With a fixed name, a stored notebook changes only where its table does.
+    name = f"{zlib.crc32(frame.to_csv().encode()):x}"
     return HTML(frame.style.set_uuid(name).set_table_styles(left).to_html())
 
 
 def lines(cases: Iterable[Case]) -> str:
-    """The same in a line a case, for numbers that are equal on every machine."""
-    return "\n".join(f"{case.title}: wrong {told(case.wrong)}, right {told(case.right)} {case.unit}" for case in cases)
+    """Return one line for each case, for numbers that are equal on every machine."""
+    return "\n".join(
+        f"{case.title}: wrong {format_number(case.wrong)}, "
+        f"right {format_number(case.right)} {case.unit}"
+        for case in cases
+    )

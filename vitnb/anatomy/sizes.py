@@ -1,4 +1,4 @@
-"""Defects of sizes: a division instead of a measurement, and a peak that holds the variant before (7, 10)."""
+"""Defects of sizes: a division instead of a measurement, and a crowded peak (7, 10)."""
 
 import subprocess
 import sys
@@ -6,12 +6,11 @@ import sys
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
 from vitnb.models import checkpoints
+from vitnb.records.files import MB
 
-MB = 2**20
-
-
-# One process that loads the weights of each checkpoint named to it, one after the other, and keeps them, as a notebook
-# does that leaves every variant in a variable. Its peak is reset before each.
+# A process that loads the weights of several checkpoints, one after the other, and
+# keeps all of them, as a notebook does that leaves every variant in a variable. The
+# peak is reset before each.
 PROCESS = """
 import sys, tracemalloc
 import numpy as np
@@ -26,38 +25,63 @@ print(peak)
 
 
 def divided(bench: Bench) -> Case:
-    """Defect 7. Done wrong: the 4-bit size is the fp32 size over 4, and the int8 size that over 2. Done instead: bytes
-    on disk of real exports, and beside them the bytes that are resident once loaded.
+    """Reproduce defect 7.
 
-    ``extra["mb"]`` holds, for each variant, all of these and the division by 8 (or 4) that would have been meant.
+    Wrong: the 4-bit size is the fp32 size over 4, and the int8 size the fp32 size over
+    2. Right: bytes on disk of real exports, beside the bytes resident once loaded.
+
+    ``extra["mb"]`` holds for each variant both sizes, the study's division, and the
+    division by the bits, by 8 or 4.
     """
     full = checkpoints.disk_bytes(bench.exports["fp32"]) / MB
     sizes = {}
-    for name, wrong, meant in (("nf4-sdpa", 4, 8), ("int8-sdpa", 2, 4)):
+    for name, wrong, by_bits in (("nf4-sdpa", 4, 8), ("int8-sdpa", 2, 4)):
         loaded = bench.loaded(name)
         sizes[name.removesuffix("-sdpa")] = {
-            f"fp32 / {wrong} (the study)": full / wrong, f"fp32 / {meant} (by the bits)": full / meant,
-            "on disk": loaded.disk_bytes / MB, "resident": loaded.resident_bytes / MB,
-        }  # fmt: skip
+            f"fp32 / {wrong} (the study)": full / wrong,
+            f"fp32 / {by_bits} (by the bits)": full / by_bits,
+            "on disk": loaded.disk_bytes / MB,
+            "resident": loaded.resident_bytes / MB,
+        }
     return Case(
-        7, "A size by division", f"the 4-bit checkpoint of a model of {full:.2f} MB", "MB",
-        full / 4, sizes["nf4"]["on disk"],
-        "Bytes on disk, bytes resident, allocator peak: measured, side by side.", {"mb": sizes, "fp32": full},
-    )  # fmt: skip
+        number=7,
+        title="A size by division",
+        what=f"the 4-bit checkpoint of a model of {full:.2f} MB",
+        unit="MB",
+        wrong=full / 4,
+        right=sizes["nf4"]["on disk"],
+        lesson="Bytes on disk, bytes resident, allocator peak: measured, side by side.",
+        extra={"mb": sizes, "fp32": full},
+    )
 
 
 def peak(bench: Bench, *weights: str) -> float:
-    """The peak in MB while the last of these checkpoints is loaded by a fresh process that loaded the others first."""
+    """Return the peak in MB while a fresh process loads the last of some checkpoints.
+
+    The process has loaded the others before.
+    """
     paths = [str(bench.exports[name] / "model.safetensors") for name in weights]
-    ended = subprocess.run([sys.executable, "-c", PROCESS, *paths], capture_output=True, text=True, check=True)
-    return int(ended.stdout) / MB
+    process = subprocess.run(
+        [sys.executable, "-c", PROCESS, *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(process.stdout) / MB
 
 
 def crowded(bench: Bench) -> Case:
-    """Defect 10. Done wrong: variants are measured one after the other in one process, so the peak of the second holds
-    the weights of the first. Done instead: a fresh process for each variant.
+    """Reproduce defect 10.
+
+    Wrong: variants are measured one after the other in one process, so the peak of the
+    second holds the weights of the first. Right: a fresh process for each variant.
     """
     return Case(
-        10, "A peak that holds the variant before", "peak memory while the 4-bit weights are loaded", "MB",
-        peak(bench, "fp32", "nf4"), peak(bench, "nf4"), "A fresh process for each variant.",
-    )  # fmt: skip
+        number=10,
+        title="A peak that holds the variant before",
+        what="peak memory while the 4-bit weights are loaded",
+        unit="MB",
+        wrong=peak(bench, "fp32", "nf4"),
+        right=peak(bench, "nf4"),
+        lesson="A fresh process for each variant.",
+    )

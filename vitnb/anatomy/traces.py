@@ -1,4 +1,4 @@
-"""Defects of reading a profiler's trace: means taken for totals, kernels found by a piece of their names (8, 9)."""
+"""Defects of reading a trace: means taken for totals, attention by its name (8, 9)."""
 
 from dataclasses import dataclass
 
@@ -17,65 +17,98 @@ IMAGES = 16  # in one forward
 
 @dataclass(frozen=True)
 class Row:
-    """One operator (on a GPU: one kernel) of a trace; times in ms, all calls together."""
+    """One operator (on a GPU: one kernel) of a trace, all its calls together.
+
+    own: time in ms, without the operators that it calls.
+    """
 
     name: str
     calls: int
-    own: float  # without what it calls
+    own: float
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward: its operators, longest first, and the time in whole attentions (ms)."""
+    """The trace of one forward.
+
+    rows: its operators, longest first.
+    attention: time in whole attentions, ms.
+    """
 
     rows: list[Row]
     attention: float
 
 
 def traced(bench: Bench) -> Trace:
-    """Profile one forward of the fitted model in fp32, after one that warms up."""
-    pixels, on_gpu = bench.test.pixels[:IMAGES].to(bench.device), bench.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    """Profile one forward of the fitted model in fp32, after a warm-up forward."""
+    on_gpu = bench.device.type == "cuda"
+    pixels = bench.test.pixels[:IMAGES].to(bench.device)
+    activities = [ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
     with torch.inference_mode():
         bench.model(pixel_values=pixels)
     with torch.inference_mode(), profile(activities=activities) as profiled:
         bench.model(pixel_values=pixels)
         if on_gpu:
             torch.cuda.synchronize()
-    events = profiled.key_averages()
+    return _read_events(profiled.key_averages(), on_gpu)
+
+
+def _read_events(events, on_gpu: bool) -> Trace:
+    """Read a profiler's events; its times are in microseconds."""
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    total = "device_time_total" if on_gpu else "cpu_time_total"
     rows = [
-        Row(e.key, e.count, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3)
-        for e in events
-        if e.device_type == wanted
+        Row(event.key, event.count, getattr(event, own) / 1e3)
+        for event in events
+        if event.device_type == wanted
     ]
-    whole = [e for e in events if e.key in WHOLE]
-    inside = sum(e.device_time_total if on_gpu else e.cpu_time_total for e in whole) / 1e3
-    return Trace(sorted(rows, key=lambda row: -row.own), inside)
+    rows.sort(key=lambda row: -row.own)
+    attention = sum(getattr(event, total) for event in events if event.key in WHOLE)
+    return Trace(rows, attention / 1e3)
 
 
 def means_for_totals(bench: Bench) -> Case:
-    """Defect 8. Done wrong: the kernel time of a forward is the sum of each operator's mean time per call.
-    Done instead: totals, reconciled with the latency. ``extra["latency"]`` is that, measured without the profiler.
+    """Reproduce defect 8.
+
+    Wrong: the kernel time of a forward is the sum of each operator's mean time per
+    call. Right: totals, reconciled with the latency.
+
+    ``extra["latency"]`` is the latency in ms, measured without the profiler.
     """
-    trace, pixels = traced(bench), bench.test.pixels[:IMAGES].to(bench.device)
-    samples = interleaved({"forward": lambda: bench.model(pixel_values=pixels)}, bench.device, bench.seconds / 2)
+    trace = traced(bench)
+    pixels = bench.test.pixels[:IMAGES].to(bench.device)
+    calls = {"forward": lambda: bench.model(pixel_values=pixels)}
+    samples = interleaved(calls, bench.device, bench.seconds / 2)
     return Case(
-        8, "Means summed as if they were totals", f"operators of one forward of {IMAGES} images", "ms",
-        sum(row.own / row.calls for row in trace.rows), sum(row.own for row in trace.rows),
-        "Totals, and they must add up to about the latency.",
-        {"latency": float(np.median(samples["forward"])), "rows": trace.rows},
-    )  # fmt: skip
+        number=8,
+        title="Means summed as if they were totals",
+        what=f"operators of one forward of {IMAGES} images",
+        unit="ms",
+        wrong=sum(row.own / row.calls for row in trace.rows),
+        right=sum(row.own for row in trace.rows),
+        lesson="Totals, and they must add up to about the latency.",
+        extra={"latency": float(np.median(samples["forward"])), "rows": trace.rows},
+    )
 
 
 def by_name(bench: Bench) -> Case:
-    """Defect 9. Done wrong: attention's time is that of the operators with "attn" in their names. No such name is in a
-    trace of PyTorch's attention. Done instead: the operator that surrounds every attention, whichever kernel does it.
+    """Reproduce defect 9.
+
+    Wrong: attention's time is that of the operators with "attn" in their names. A trace
+    of PyTorch's attention has no such name. Right: the operator that surrounds every
+    attention, whichever kernel computes it.
     """
     trace = traced(bench)
     return Case(
-        9, "Attention found by its name", f"time in attention, one forward of {IMAGES} images", "ms",
-        sum(row.own for row in trace.rows if "attn" in row.name), trace.attention,
-        "One tested list of operators and kernels; show what it does not know.",
-        {"names": [row.name for row in trace.rows if "attention" in row.name]},
-    )  # fmt: skip
+        number=9,
+        title="Attention found by its name",
+        what=f"time in attention, one forward of {IMAGES} images",
+        unit="ms",
+        wrong=sum(row.own for row in trace.rows if "attn" in row.name),
+        right=trace.attention,
+        lesson="One tested list of operators and kernels; show what it does not know.",
+        extra={"names": [row.name for row in trace.rows if "attention" in row.name]},
+    )

@@ -1,28 +1,37 @@
-"""Held images: pixels that are asked for several times are read and preprocessed once, as far as memory goes."""
+"""Batches of pixels from a split: preprocessing, augmentation, batching and caching."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from vitnb.data.images import UnreadableImage, read_image
+from vitnb.data.images import UnreadableImage, parallel_map, read_image
 from vitnb.data.splits import Split
 from vitnb.errors import UserError
 
-READERS = 8  # threads that read images, on a machine with as many cores
+NO_LABEL = -1  # the label, in a batch, of an image that has none
+BATCH_SIZE = 128
+CACHE_BYTES = 2**32  # most bytes of pixels that are kept of a split
 
 
-NO_LABEL = -1  # stands in a batch for the label of an image that has none
+def to_pixels(images: list[Image.Image], processor) -> torch.Tensor:
+    """Preprocess RGB images: resize and normalize as the checkpoint says.
+
+    Returns:
+        float32 [len(images), 3, height, width].
+    """
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
-def augment(image: Image.Image, generator: np.random.Generator, crop_scale: float) -> Image.Image:
-    """A random crop, mirrored half of the time: ``crop_scale`` to all of the area, aspect 3:4 to 4:3.
+def augment(
+    image: Image.Image, generator: np.random.Generator, crop_scale: float
+) -> Image.Image:
+    """Crop an image at random, and mirror it half of the time.
 
-    A side that would reach beyond the picture is cut to it, which makes the crop smaller than was drawn.
+    The crop has ``crop_scale`` to all of the area, and an aspect of 3:4 to 4:3. A side
+    that is longer than the image's is cut, so such a crop is smaller than was drawn.
     """
     area = image.width * image.height * generator.uniform(crop_scale, 1.0)
     aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -35,14 +44,23 @@ def augment(image: Image.Image, generator: np.random.Generator, crop_scale: floa
 
 
 class PixelDataset(Dataset):
-    """A split as what the model reads: (pixels float32 [3, height, width], label).
+    """A split as a model's input: (pixels float32 [3, height, width], label).
 
-    With ``seed``, images are augmented; what image i looks like in epoch e depends on (seed, e, i) alone, whatever
-    the number of workers.
+    With ``seed``, images are augmented. The crop of image i in epoch e depends on
+    (seed, e, i) alone, whatever the number of workers.
     """
 
-    def __init__(self, split: Split, processor, seed: int | None = None, crop_scale: float = 1.0):
-        self.split, self.processor, self.seed, self.crop_scale = split, processor, seed, crop_scale
+    def __init__(
+        self,
+        split: Split,
+        processor,
+        seed: int | None = None,
+        crop_scale: float = 1.0,
+    ):
+        self.split = split
+        self.processor = processor
+        self.seed = seed
+        self.crop_scale = crop_scale
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -53,40 +71,64 @@ class PixelDataset(Dataset):
         try:
             image = read_image(path)
         except UnreadableImage as error:
-            raise UserError(f"cannot read {path} ({error}): replace it or delete it") from None
+            raise UserError(
+                f"cannot read {path} ({error}): replace it or delete it"
+            ) from None
         if self.seed is not None:
-            image = augment(image, np.random.default_rng((self.seed, self.epoch, index)), self.crop_scale)
+            generator = np.random.default_rng((self.seed, self.epoch, index))
+            image = augment(image, generator, self.crop_scale)
         label = self.split.labels[index] if self.split.labels else NO_LABEL
         return to_pixels([image], self.processor)[0], label
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
-        """A batch at once: DataLoader asks for it so."""
+        """Return a whole batch: DataLoader prefers this to one call an image."""
         return parallel_map(self.__getitem__, indices)
 
 
-def parallel_map(function: Callable, items: Iterable) -> list:
-    """``function`` of each item, in order: on many cores by threads, as Pillow and NumPy free the interpreter."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores < READERS:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(function, items))
+class CachedDataset(Dataset):
+    """A dataset that caches preprocessed pixels, up to CACHE_BYTES.
 
+    Each image is read on first use. Once the cache is full, other images are read at
+    every use. Processes that share a split cache their own parts only.
+    """
 
-def to_pixels(images: list[Image.Image], processor) -> torch.Tensor:
-    """RGB images -> float32 [len(images), 3, height, width], resized and normalized as the checkpoint says."""
-    return processor(images, return_tensors="pt")["pixel_values"]
+    def __init__(self, pixels: PixelDataset):
+        self.pixels = pixels
+        self.cache = {}
+        self.free_bytes = CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
+        """Return a whole batch, as ``PixelDataset`` does."""
+        missing = [index for index in indices if index not in self.cache]
+        new = dict(zip(missing, self.pixels.__getitems__(missing), strict=True))
+        for index, item in new.items():
+            if item[0].nbytes <= self.free_bytes:
+                self.cache[index] = item
+                self.free_bytes -= item[0].nbytes
+        return [
+            self.cache[index] if index in self.cache else new[index]
+            for index in indices
+        ]
 
 
 class ShardedBatches:
-    """The part that process ``rank`` of ``processes`` takes of every batch of indices: all parts together are the batch.
+    """One process's share of every batch of indices.
 
-    Where a last batch is too small for all, those left over take its first image, which must not count for them: every
-    process has as many batches.
+    The shares of all processes together are the batch. Every process gets equally many
+    batches: where the last batch has too few images, a process left without one gets
+    the batch's first image, which the caller must not count.
     """
 
     def __init__(self, batches: Iterable[list[int]], rank: int, processes: int):
-        self.batches, self.rank, self.processes = batches, rank, processes
+        self.batches = batches
+        self.rank = rank
+        self.processes = processes
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
@@ -97,62 +139,49 @@ class ShardedBatches:
 
 
 def make_batches(
-    pixels: Dataset, batch_size: int, shuffle_seed: int | None = None, part: tuple[int, int] = (0, 1)
+    pixels: Dataset,
+    batch_size: int,
+    shuffle_seed: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Batches of (pixels [batch, 3, height, width], labels [batch]); in order, or shuffled from a seed.
+    """Return batches of pixels [batch, 3, height, width] and labels [batch].
 
-    ``part``: (rank, processes), to get one process's part of each of the same batches; see ``Parts``.
+    Args:
+        shuffle_seed: seed of the order; None keeps the split's order.
+        part: (rank, processes), for one process's share of each batch (see
+            ``ShardedBatches``).
     """
-    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    whole = DataLoader(pixels, batch_size, shuffle=shuffle_seed is not None, generator=generator)
+    generator = None
+    if shuffle_seed is not None:
+        generator = torch.Generator().manual_seed(shuffle_seed)
+    loader = DataLoader(
+        pixels, batch_size, shuffle=generator is not None, generator=generator
+    )
     if part == (0, 1):
-        return whole
-    return DataLoader(pixels, batch_sampler=ShardedBatches(whole.batch_sampler, *part), generator=generator)
+        return loader
+    shares = ShardedBatches(loader.batch_sampler, *part)
+    return DataLoader(pixels, batch_sampler=shares, generator=generator)
 
 
 def first_batch(split: Split, processor, size: int) -> torch.Tensor:
-    """Pixels of ``size`` images spread over the split, repeated where it holds fewer: real input for a timing."""
-    chosen = [split.paths[i * len(split) // size % len(split)] for i in range(size)]
-    return to_pixels([read_image(path) for path in chosen], processor)
+    """Return pixels of ``size`` images spread over the split: real input for a timing.
 
-
-BATCH_SIZE = 128
-
-
-CACHE_BYTES = 2**32  # bytes of pixels that are held of a split
+    A split with fewer images repeats them.
+    """
+    count = len(split)
+    paths = [split.paths[i * count // size % count] for i in range(size)]
+    return to_pixels([read_image(path) for path in paths], processor)
 
 
 def load_into_memory(split: Split, processor) -> TensorDataset:
-    """A split as the model sees it, read at once: pixels float32 [images, 3, height, width] and labels [images].
+    """Load a split: pixels float32 [images, 3, height, width], labels [images].
 
-    Where its pixels are more than HELD bytes, only as many images as that, spread evenly.
+    Of a split whose pixels exceed CACHE_BYTES, load as many images as fit, evenly
+    spread.
     """
-    one = PixelDataset(split, processor)[0][0].nbytes
-    some = PixelDataset(split.spread(max(1, CACHE_BYTES // one)), processor)
-    return TensorDataset(*(torch.cat(parts) for parts in zip(*make_batches(some, BATCH_SIZE), strict=True)))
-
-
-class CachedDataset(Dataset):
-    """All of a split, each image read when it is first asked for: the first HELD bytes of pixels stay, others are read anew.
-
-    Each of several processes that share a split holds no more than its own part.
-    """
-
-    def __init__(self, pixels: PixelDataset):
-        self.pixels, self.kept, self.room = pixels, {}, CACHE_BYTES
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
-        """A batch at once, as ``data.Pixels`` gives it."""
-        lacking = [index for index in indices if index not in self.kept]
-        read = dict(zip(lacking, self.pixels.__getitems__(lacking), strict=True))
-        for index, item in read.items():
-            if item[0].nbytes <= self.room:
-                self.kept[index] = item
-                self.room -= item[0].nbytes
-        return [self.kept[index] if index in self.kept else read[index] for index in indices]
+    bytes_per_image = PixelDataset(split, processor)[0][0].nbytes
+    fitting = split.subsample(max(1, CACHE_BYTES // bytes_per_image))
+    batches = list(make_batches(PixelDataset(fitting, processor), BATCH_SIZE))
+    pixels = torch.cat([pixels for pixels, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    return TensorDataset(pixels, labels)

@@ -1,4 +1,8 @@
-"""Duplicates: pictures that lie in two splits. Such a picture of the test was seen in training, and its answer is memory."""
+"""Find images that occur in two splits.
+
+A test image that is also in the training split tests the model's memory. The report
+describes duplicates too, so this module loads no PyTorch.
+"""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -8,102 +12,156 @@ from pathlib import Path
 
 from PIL import Image
 
-from vitnb.data import dataset
-from vitnb.data.images import UnreadableImage, read_image
-from vitnb.data.splits import Split
+from vitnb.data.images import UnreadableImage, parallel_map, read_image
 
-DECODED = 2**30  # bytes of files up to which pixels are compared; decoding as much takes a core half a minute
-
-
-EXAMPLES = 3
-
-
-PIECE = 4096  # bytes from the middle of a file that are compared before all of it
+# Largest data set, in bytes of files, whose pixels are compared. Decoding as much takes
+# one core half a minute.
+DECODED = 2**30
+EXAMPLES = 3  # pairs that are named
+PIECE = 4096  # bytes from the middle of a file, compared before the whole file
 
 
-def find_duplicates(splits: Iterable[Split]) -> dict:
-    """Pictures that are in more than one split, by their content; names and labels play no part.
+def find_duplicates(splits: Iterable) -> dict:
+    """Find pictures that are in more than one split, by content.
 
-    Two are the same if they have the same decoded pixels (RGB, turned as their EXIF says), in whatever format. Where the
-    files hold more than DECODED bytes, they must be the same file, byte by byte. Not found: copies that were resized, cropped
-    or saved again with loss. What cannot be read is left out.
+    File names and labels play no part. Two pictures are equal if their decoded pixels
+    are (RGB, turned as the EXIF says), in whatever format. Where the files hold more
+    than DECODED bytes, two pictures are equal if their files are, byte by byte. Copies
+    that were resized, cropped or saved again with loss are not found. Files that cannot
+    be read are left out.
+
+    Args:
+        splits: one or more of ``vitnb.data.splits.Split``, of one data set.
 
     Returns:
-        compared: ``pixels`` or ``files``; images: how many; in_two_splits: {"test and train": pictures of the first that are
-        also in the second}; examples: some of the pairs, as paths below the data set's folder.
+        compared: ``pixels`` or ``files``. images: the number of images. in_two_splits:
+        for each pair of splits, such as "test and train", how many pictures of the
+        first are also in the second. examples: up to EXAMPLES pairs, as paths relative
+        to the data set's folder.
     """
-    named = {split.name: split for split in splits}  # without test images, the validation split may come twice
-    owner = {path: name for name, split in named.items() for path in split.paths}
-    root = next(iter(named.values())).root
-    sizes = {path: path.stat().st_size for path in owner if path.is_file()}
-    pixels = sum(sizes.values()) <= DECODED
-    left = list(sizes)
-    # Each step is dearer than the one before, and sees only what still lies in more than one split.
-    for key in (_shape, _content) if pixels else (sizes.get, _piece, _digest):
-        groups = defaultdict(list)
-        for path, found in zip(left, dataset.parallel_map(_or_none(key), left), strict=True):
-            if found is not None:
-                groups[found].append(path)
-        groups = {key: paths for key, paths in groups.items() if len({owner[path] for path in paths}) > 1}
-        left = [path for paths in groups.values() for path in paths]
-    counts, examples = Counter(), []
-    for paths in groups.values():
-        for later, earlier in combinations(reversed(named), 2):
-            pair = [[path for path in paths if owner[path] == name] for name in (later, earlier)]
-            if all(pair):
-                counts[f"{later} and {earlier}"] += len(pair[0])
-                examples.append([some[0].relative_to(root).as_posix() for some in pair])
-    pairs = {f"{later} and {earlier}": 0 for later, earlier in combinations(reversed(named), 2)}
+    # Without test images, the validation split may come twice: once is enough.
+    by_name = {split.name: split for split in splits}
+    split_of = {path: name for name, split in by_name.items() for path in split.paths}
+    sizes = {path: path.stat().st_size for path in split_of if path.is_file()}
+    compare_pixels = sum(sizes.values()) <= DECODED
+    keys = (_shape, _content) if compare_pixels else (sizes.get, _piece, _digest)
+    groups = _group_equal(list(sizes), keys, split_of)
+    counts, examples = _count_pairs(groups, by_name, split_of)
     return {
-        "compared": "pixels" if pixels else "files",
-        "images": len(owner),
-        "in_two_splits": pairs | counts,
+        "compared": "pixels" if compare_pixels else "files",
+        "images": len(split_of),
+        "in_two_splits": counts,
         "examples": examples[:EXAMPLES],
     }
 
 
 def describe_duplicates(found: dict) -> str:
-    """What ``find`` found, in one line."""
+    """Return the result of ``find_duplicates`` as one line of text."""
     by = "pixel by pixel" if found["compared"] == "pixels" else "byte by byte"
     if not any(found["in_two_splits"].values()):
         return (
-            f"no picture is in two splits ({found['images']} compared {by}; copies that were saved anew are not found)"
+            f"no picture is in two splits ({found['images']} compared {by}; "
+            "copies that were saved anew are not found)"
         )
-    counts = ", ".join(f"{count} in {pair}" for pair, count in found["in_two_splits"].items() if count)
+    counts = ", ".join(
+        f"{count} in {pair}" for pair, count in found["in_two_splits"].items() if count
+    )
     examples = ", ".join(f"{a} = {b}" for a, b in found["examples"])
-    return f"warning: the same picture in two splits, compared {by}: {counts}; such as {examples}"
+    return (
+        f"warning: the same picture in two splits, compared {by}: {counts}; "
+        f"such as {examples}"
+    )
 
 
-def _or_none(key: Callable[[Path], Hashable]) -> Callable[[Path], Hashable | None]:
-    def found(path: Path) -> Hashable | None:
+def _group_equal(
+    paths: list[Path],
+    keys: Iterable[Callable[[Path], Hashable]],
+    split_of: dict[Path, str],
+) -> list[list[Path]]:
+    """Return the groups of equal files that reach over several splits.
+
+    Each key costs more than the one before. So each key is computed only for files
+    that the keys before it left in a group over several splits.
+    """
+    groups = []
+    for key in keys:
+        by_key = defaultdict(list)
+        values = parallel_map(_none_if_unreadable(key), paths)
+        for path, value in zip(paths, values, strict=True):
+            if value is not None:
+                by_key[value].append(path)
+        groups = [
+            group
+            for group in by_key.values()
+            if len({split_of[path] for path in group}) > 1
+        ]
+        paths = [path for group in groups for path in group]
+    return groups
+
+
+def _count_pairs(
+    groups: list[list[Path]], by_name: dict, split_of: dict[Path, str]
+) -> tuple[dict[str, int], list[list[str]]]:
+    """Return, for each pair of splits, the pictures in both; and an example a group."""
+    root = next(iter(by_name.values())).root
+    pairs = list(combinations(reversed(by_name), 2))
+    counts = Counter({f"{later} and {earlier}": 0 for later, earlier in pairs})
+    examples = []
+    for group in groups:
+        for later, earlier in pairs:
+            in_later = [path for path in group if split_of[path] == later]
+            in_earlier = [path for path in group if split_of[path] == earlier]
+            if in_later and in_earlier:
+                counts[f"{later} and {earlier}"] += len(in_later)
+                examples.append(
+                    [
+                        path.relative_to(root).as_posix()
+                        for path in (in_later[0], in_earlier[0])
+                    ]
+                )
+    return dict(counts), examples
+
+
+def _none_if_unreadable(
+    key: Callable[[Path], Hashable],
+) -> Callable[[Path], Hashable | None]:
+    """Wrap a key so that an unreadable file has None as its value."""
+
+    def key_or_none(path: Path) -> Hashable | None:
         try:
             return key(path)
         except (UnreadableImage, OSError):
             return None
 
-    return found
+    return key_or_none
 
 
 def _shape(path: Path) -> Hashable | None:
-    """Sides in pixels, from the file's head; in no order, as EXIF may turn the picture."""
+    """Return the sides in pixels, from the file's header.
+
+    The sides are sorted, because EXIF may turn the picture.
+    """
     try:
         with Image.open(path) as image:
             return tuple(sorted(image.size))
-    except Exception:  # whatever Pillow stumbles over: ``read`` gives the reason elsewhere
+    except Exception:  # on damaged files Pillow raises nearly everything
         return None
 
 
 def _content(path: Path) -> Hashable:
+    """Return the size and the SHA-256 of the decoded pixels."""
     image = read_image(path)
     return image.size, hashlib.sha256(image.tobytes()).digest()
 
 
 def _piece(path: Path) -> Hashable:
+    """Return the file's size and PIECE bytes from its middle."""
     with path.open("rb") as file:
         file.seek(path.stat().st_size // 2)
         return path.stat().st_size, file.read(PIECE)
 
 
 def _digest(path: Path) -> Hashable:
+    """Return the SHA-256 of the file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -1,9 +1,12 @@
-"""Images: the splits of a study, read in one stated way, as what a model sees."""
+"""Load the train, validation and test split of a study's data set.
+
+A split is a list of paths and labels: nothing is read here, and no PyTorch is loaded.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vitnb.data import folders, garden
+from vitnb.data import folders
 from vitnb.errors import UserError
 from vitnb.study import ROOT, Study
 
@@ -12,10 +15,12 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split: paths and, for each, the index of its class in ``class_names``.
+    """The images of one split: their paths, and their labels.
 
-    ``labels`` is empty where the data set gives none, as for many test splits. ``name`` says which images these are: train,
-    valid or test. ``folder`` is where they lie, ``root`` the folder of the whole data set.
+    ``labels`` holds for each image the index of its class in ``class_names``. The list
+    is empty where the data set has no labels, as in many test splits. ``name`` is
+    train, valid or test. ``folder`` holds the split's images, ``root`` the whole data
+    set.
     """
 
     root: Path
@@ -28,41 +33,60 @@ class Split:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def spread(self, most: int) -> "Split":
-        """The split itself, or, where it holds more, ``most`` of its images: evenly spread, and so over its classes."""
+    def subsample(self, most: int) -> "Split":
+        """Return at most ``most`` images, evenly spread over the split.
+
+        Paths stand in the order of their classes, so the images are spread over the
+        classes too. A split that is small enough is returned as it is.
+        """
         if len(self) <= most:
             return self
-        return self._take([i * len(self) // most for i in range(most)])
+        return self._select([i * len(self) // most for i in range(most)])
 
     def halves(self) -> tuple["Split", "Split"]:
-        """Every second image of each class, and the others: of images in the order of their classes, even and odd indices.
+        """Split in two halves, each with every second image of each class.
 
-        Raises UserError for a split of one image.
+        Where images stand in the order of their classes, the halves have the even and
+        the odd indices.
+
+        Raises:
+            UserError: the split has fewer than two images.
         """
         if len(self) < 2:
             raise UserError(
-                f"{self.folder} holds {len(self)} images of the {self.name} split: two halves take at least 2"
+                f"{self.folder} holds {len(self)} images of the {self.name} split: "
+                "two halves take at least 2"
             )
-        order = sorted(range(len(self)), key=lambda i: self.labels[i] if self.labels else 0)
-        return self._take(sorted(order[::2])), self._take(sorted(order[1::2]))
+        order = list(range(len(self)))
+        if self.labels:
+            order.sort(key=lambda i: self.labels[i])
+        return self._select(sorted(order[::2])), self._select(sorted(order[1::2]))
 
-    def _take(self, chosen: list[int]) -> "Split":
-        labels = [self.labels[i] for i in chosen] if self.labels else []
-        return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
+    def _select(self, indices: list[int]) -> "Split":
+        labels = [self.labels[i] for i in indices] if self.labels else []
+        return replace(self, paths=[self.paths[i] for i in indices], labels=labels)
 
 
 def image_folder(study: Study) -> Path:
-    """The folder with the study's images; the garden is drawn on first use.
+    """Return the folder with the study's images; draw the garden on first use.
 
-    A study's ``data`` is absolute, relative to the repository, or begins with ``~``. Raises UserError, with where the images
-    come from, if they are missing.
+    A study's ``data`` is ``garden``, an absolute path, a path relative to the
+    repository, or one that begins with ``~``.
+
+    Raises:
+        UserError: the images are missing; the message says where they come from.
     """
     if study.data == "garden":
+        from vitnb.data import garden  # for this data set alone
+
         folder = ROOT / "data" / "garden"
         try:
             return garden.write_folder(folder)
         except FileExistsError:
-            raise UserError(f"{folder} is not the garden of this version: delete it, and it is drawn again") from None
+            raise UserError(
+                f"{folder} is not the garden of this version: delete it, "
+                "and it is drawn again"
+            ) from None
     folder = ROOT / Path(study.data).expanduser()
     if not folder.is_dir():
         where = study.get_data or "put them there, in train/, valid/ and test/"
@@ -71,33 +95,50 @@ def image_folder(study: Study) -> Path:
 
 
 def load_layout(study: Study) -> folders.Layout:
-    """How the study's images are laid out; UserError if they are missing or no layout is recognized (see ``layouts``)."""
+    """Return the layout of the study's images (see ``vitnb.data.folders``).
+
+    Raises:
+        UserError: the images are missing, or no layout is recognized.
+    """
     return folders.recognize_layout(image_folder(study), study.seed)
 
 
 def load_split(study: Study, name: str) -> Split:
-    """The split ``train``, ``valid`` or ``test``, in the order that its layout gives (see ``layouts``).
+    """Load the split ``train``, ``valid`` or ``test``, in the order of its layout.
 
-    Where there are no test images, ``test`` is the validation split, and its ``name`` says so.
+    Where there are no test images, ``test`` gives the validation split, whose ``name``
+    is ``valid``.
 
-    Raises UserError for a missing split, an empty class folder, or a class that was not trained.
+    Raises:
+        UserError: the split is missing, a class folder is empty, or a class has no
+            training images.
     """
-    found = load_layout(study)
-    part = found.part(name)
-    return Split(found.root, part.paths, part.labels, found.class_names, part.name, part.folder)
+    layout = load_layout(study)
+    part = layout.part(name)
+    return Split(
+        root=layout.root,
+        paths=part.paths,
+        labels=part.labels,
+        class_names=layout.class_names,
+        name=part.name,
+        folder=part.folder,
+    )
 
 
 def evaluation_split(study: Study) -> Split:
-    """The images that accuracy is measured on: the test split, or the validation split where the test has no labels."""
+    """Load the split that accuracy is measured on.
+
+    The test split, or the validation split where the test images have no labels.
+    """
     test = load_split(study, "test")
     return test if test.labels else load_split(study, "valid")
 
 
 def describe_split(split: Split) -> str:
-    """What accuracy is measured on, in words, for what ``scored`` returns."""
+    """Describe the split that accuracy is measured on, in one line."""
     if split.name == "test":
         return f"accuracy is on the test split: {len(split)} images that chose nothing"
     return (
-        f"accuracy is on the validation split, {len(split)} images that also choose the epoch: "
-        "there are no labelled test images"
+        f"accuracy is on the validation split, {len(split)} images that also choose "
+        "the epoch: there are no labelled test images"
     )

@@ -1,13 +1,13 @@
 """Figures of the notebooks and of the report.
 
 Each function takes a table or a record and returns a matplotlib Figure. A figure's
-module is imported when the figure is first drawn (PEP 562).
+module is imported when the figure is first used (PEP 562). The waterfall is drawn by
+``vitnb.figures.waterfall.waterfall``: a function cannot share its module's name here.
 """
 
 from importlib import import_module
 
 MODULES = {
-    "gallery": ("gallery",),
     "learning": ("confusion", "learning_curve", "pretraining_curve"),
     "mixed_precision": (
         "ablation_ends",
@@ -18,6 +18,7 @@ MODULES = {
     ),
     "profile": ("kernel_classes", "operators", "parts_and_classes"),
     "style": ("MARKERS", "palette"),
+    "thumbnails": ("gallery",),
     "tradeoffs": (
         "accuracy_latency",
         "accuracy_size",

@@ -1,4 +1,4 @@
-"""Measurements: accuracy, latency, memory, roofline and profile of a variant."""
+"""Measure one variant at a time: accuracy, latency, memory, roofline and profile."""
 
 from vitnb import lazy_modules
 

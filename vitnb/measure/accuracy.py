@@ -1,4 +1,7 @@
-"""Accuracy: predictions of a variant on a split, the scores that follow, and how two variants answer the same images."""
+"""Measure accuracy: logits and predictions of a variant, and how two variants differ.
+
+Scores, intervals and paired tests follow in ``analysis.accuracy``.
+"""
 
 import numpy as np
 import torch
@@ -15,78 +18,133 @@ from vitnb.study import Study
 BATCH_SIZE = 64
 
 
-def compute_logits(loaded: LoadedVariant, split: Split, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-    """Logits of every image of a split, float32 [images, classes], in the split's order."""
-    found = []
+def compute_logits(
+    loaded: LoadedVariant, split: Split, batch_size: int = BATCH_SIZE
+) -> torch.Tensor:
+    """Return the logits of every image, float32 [images, classes], in split order."""
+    pixels_of_split = dataset.PixelDataset(split, loaded.processor)
+    logits = []
     with loaded.inference() as model:
-        for pixels, _ in dataset.make_batches(dataset.PixelDataset(split, loaded.processor), batch_size):
-            found.append(model(pixel_values=loaded.prepare(pixels)).logits.float().cpu())
-    return torch.cat(found)
+        for pixels, _ in dataset.make_batches(pixels_of_split, batch_size):
+            output = model(pixel_values=loaded.prepare(pixels))
+            logits.append(output.logits.float().cpu())
+    return torch.cat(logits)
 
 
 def predict(loaded: LoadedVariant, split: Split) -> tuple[dict[str, list], np.ndarray]:
-    """Labels and the five likeliest classes of every image, the raw material of all scores; and the logits.
+    """Predict the classes of every image of a split.
 
-    Raises UserError if the checkpoint was trained on other classes than the split's, and for a split without labels.
+    Returns:
+        {labels, top5}: the true class and the five likeliest classes of each image;
+        and the logits, float32 [images, classes].
+
+    Raises:
+        UserError: the split has no labels, or other classes than the checkpoint.
     """
     if not split.labels:
-        raise UserError(f"the images of {split.folder} have no labels: take those of data.scored(study)")
+        raise UserError(
+            f"the images of {split.folder} have no labels: "
+            "take those of splits.evaluation_split(study)"
+        )
     if split.class_names != loaded.class_names:
-        raise UserError(f"the checkpoint's classes are not those of {split.root}: run finetune on this data first")
-    found = compute_logits(loaded, split)
-    return {"labels": split.labels, "top5": top_k(found)[1].tolist()}, found.numpy()
+        raise UserError(
+            f"the checkpoint's classes are not those of {split.root}: "
+            "run finetune on this data first"
+        )
+    logits = compute_logits(loaded, split)
+    top5 = top_k(logits)[1].tolist()
+    return {"labels": split.labels, "top5": top5}, logits.numpy()
 
 
 def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL divergence of each image's answer from the reference's, in nats: logits [images, classes] x 2 -> [images]."""
-    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    """Return each image's KL divergence from the reference in nats.
+
+    Args:
+        reference: logits [images, classes].
+        other: logits [images, classes].
+
+    Returns:
+        Divergences, float64 [images].
+    """
+    p = reference.double().log_softmax(-1)
+    q = other.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
 def round_significant(values: torch.Tensor) -> list[float]:
-    """Numbers as a record keeps them for every image."""
+    """Round values to six significant digits, as records store them."""
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def load_logits(study: Study) -> dict[str, torch.Tensor]:
-    """The logits of every variant on the test images as evaluate kept them, float32 [images, classes]."""
+    """Load the logits that evaluate has stored, {variant: float32 [images, classes]}.
+
+    Runs with a batch size of their own are left out.
+    """
+    logits = {}
+    for record in load_records(study):
+        evaluated = record["notebook"] == "evaluate" and record["status"] == "ok"
+        if evaluated and not record["asked"].get("batch_size"):
+            array = np.load(study.outputs / record["logits"])
+            logits[record["asked"]["variant"]] = torch.from_numpy(array)
+    return logits
+
+
+def kl_to_baseline(logits: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """Return every variant's divergence from the baseline, {variant: {kl_by_image}}.
+
+    Args:
+        logits: {variant: [images, classes]}. Without the baseline the result is empty.
+    """
+    if variants.BASELINE not in logits:
+        return {}
+    reference = logits[variants.BASELINE]
     return {
-        record["asked"]["variant"]: torch.from_numpy(np.load(study.outputs / record["logits"]))
-        for record in load_records(study)
-        if record["notebook"] == "evaluate" and record["status"] == "ok" and not record["asked"].get("batch_size")
+        name: {"kl_by_image": round_significant(kl_divergence(reference, other))}
+        for name, other in logits.items()
     }
 
 
-def kl_to_baseline(found: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """How the answers of each variant differ from the baseline's, by logits [images, classes]: {variant: {kl_by_image}}."""
-    if variants.BASELINE not in found:
-        return {}
-    reference = found[variants.BASELINE]
-    return {name: {"kl_by_image": round_significant(kl_divergence(reference, logits))} for name, logits in found.items()}
+def engine_agreement(logits: dict[str, torch.Tensor]) -> list[dict]:
+    """Compare the logits of each engine with those of the eager engine.
 
-
-def engine_agreement(found: dict[str, torch.Tensor]) -> list[dict]:
-    """Whether the engines of one variant give the same answers, by logits [images, classes]: a row for each beside eager.
+    Args:
+        logits: {variant: [images, classes]}.
 
     Returns:
-        a, b: the eager variant and the other; images; largest: the largest absolute difference of a logit; spacing: how far
-        two 16-bit numbers lie apart where the largest logits are (0 for fp32), as nothing in 16 bits can agree better;
-        changed: images with another first class; gap: the largest lead of a's first class over b's among these, 0 if none.
+        A row for each variant with another engine, see ``_compare_engines``.
     """
     rows = []
-    for name in variants.sort_names(found):
-        of = variants.parse(name)
-        plain = f"{of.weights}-{of.attention}"
-        if name == plain or plain not in found:
-            continue
-        a, b = found[plain].double(), found[name].double()
-        first, other = a.argmax(-1, keepdim=True), b.argmax(-1, keepdim=True)
-        lead = (a.gather(-1, first) - a.gather(-1, other))[first != other]
-        largest = a.abs().max().to(torch.bfloat16)
-        above = torch.nextafter(largest, torch.full_like(largest, torch.inf))
-        rows.append({
-            "a": plain, "b": name, "images": len(a), "largest": (a - b).abs().max().item(),
-            "spacing": 0.0 if of.weights == "fp32" else (above - largest).item(),
-            "changed": len(lead), "gap": lead.max().item() if len(lead) else 0.0,
-        })  # fmt: skip
+    for name in variants.sort_names(logits):
+        variant = variants.parse(name)
+        eager = f"{variant.weights}-{variant.attention}"
+        if name != eager and eager in logits:
+            row = _compare_engines(logits[eager].double(), logits[name].double())
+            if variant.weights == "fp32":
+                row["spacing"] = 0.0
+            rows.append({"a": eager, "b": name} | row)
     return rows
+
+
+def _compare_engines(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Compare two engines' logits, float64 [images, classes].
+
+    Returns:
+        images: how many.
+        largest: the largest absolute difference of a logit.
+        spacing: the distance of two neighbouring 16-bit numbers at the largest logit.
+            No two computations in 16 bits can agree better.
+        changed: images with another first class.
+        gap: among these images, the largest lead of a's first class over b's; else 0.
+    """
+    first, other = a.argmax(-1, keepdim=True), b.argmax(-1, keepdim=True)
+    lead = (a.gather(-1, first) - a.gather(-1, other))[first != other]
+    largest = a.abs().max().to(torch.bfloat16)
+    above = torch.nextafter(largest, torch.full_like(largest, torch.inf))
+    return {
+        "images": len(a),
+        "largest": (a - b).abs().max().item(),
+        "spacing": (above - largest).item(),
+        "changed": len(lead),
+        "gap": lead.max().item() if len(lead) else 0.0,
+    }

@@ -1,24 +1,26 @@
-"""Comparing variants and peers: live processes of each, asked in turn for short blocks, so that all meet the same moments.
+"""Compare variants side by side by interleaved timing.
 
-A shared machine is faster in one minute and slower in the next. Side by side, both variants of a pair get the same minutes,
-and the ratio of their times stands still where the times themselves do not.
-
-Turns: live processes of each variant, asked in rounds for short blocks of forwards, in an order drawn anew.
+Every variant lives in processes of its own. In each round, every variant times one
+short block of forwards, in an order drawn anew. A shared machine is faster in one
+minute and slower in the next. Interleaved variants meet the same minutes, so the ratio
+of their times is stable where the times are not.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from vitnb import devices, variants
 from vitnb.analysis import comparison
-from vitnb.errors import UserError, VariantError, one_line
-from vitnb.measure import accuracy, external
-from vitnb.measure.worker import VariantServer, WorkerProcess
+from vitnb.errors import UserError, VariantError, as_known_error, one_line
+from vitnb.measure import accuracy
+from vitnb.measure.external import load_external_variant
+from vitnb.measure.worker import WorkerProcess, load_local_variant
 from vitnb.models import checkpoints
 from vitnb.records import run as records_run
 from vitnb.records.files import write_file
@@ -26,186 +28,324 @@ from vitnb.records.resume import ResumeCache
 from vitnb.records.run import Run
 from vitnb.study import Compare, Study
 
-
-def _describe(workers: dict[str, list[WorkerProcess]], tell: Callable) -> tuple[dict, dict[str, str]]:
-    """Load all at once: what the first process of each name says of itself, and the reasons of those that cannot be loaded."""
-    described, failed = {}, {}
-    for worker in chain.from_iterable(workers.values()):
-        worker.send("describe")
-    for name, several in workers.items():
-        try:
-            described[name], *_ = [worker.receive() for worker in several]
-        except VariantError as error:
-            failed[name] = one_line(error)
-        tell(f"{name} failed: {failed[name]}" if name in failed else f"{name} loaded")
-    return described, failed
-
-
-def _side_by_side(workers: dict[str, list[WorkerProcess]], batch_size: int, study: Study, tell: Callable) -> dict:
-    """One batch size: warm_up, blocks_ms and failed, by variant; see ``measure``."""
-    failed: dict[str, str] = {}
-    first_forwards(workers, batch_size, failed, lambda name: tell(f"batch {batch_size}: {name} had its first forward"))
-    warmed = warm_up_workers({name: workers[name] for name in workers if name not in failed}, batch_size, failed)
-    blocks = time_interleaved({name: workers[name] for name in warmed}, batch_size, study.compare, study.seed, failed)
-    for name, reason in failed.items():
-        tell(f"batch {batch_size}: {name} failed: {reason}")
-    tell(f"batch {batch_size}: {len(blocks)} side by side, {len(next(iter(blocks.values()), []))} rounds")
-    return {"warm_up": {name: first for name, (first, *_) in warmed.items()}, "blocks_ms": blocks, "failed": failed}
-
-
-def measure_comparison(study: Study, device: str | None = None, done: ResumeCache | None = None) -> dict:
-    """Start ``study.compare.processes`` processes for every variant and peer, and let them take turns at every batch size.
-
-    Args:
-        done: where each finished batch size is kept, and not measured again; None: nowhere.
-
-    Returns:
-        blocks_ms: {batch size: {variant: [rounds][forwards] milliseconds}}; warm_up: {batch size: {variant: what its first
-        process says, see ``workers.Bench.warm_up``}}; attention_launched: by variant; peers: what each describes; failed:
-        {variant, or "variant at batch size": reason} for those that cannot run here at all, or not at that size.
-    """
-    done, begin = done or ResumeCache(None), time.perf_counter()
-
-    def tell(what: str) -> None:
-        print(f"{what}, {time.perf_counter() - begin:.0f} s from the start", flush=True)
-
-    benches = dict.fromkeys(study.variants, VariantServer) | dict.fromkeys(study.peers, external.ExternalServer)
-    with ExitStack() as stack:
-        workers = {
-            name: [stack.enter_context(WorkerProcess(study, name, device, bench)) for _ in range(study.compare.processes)]
-            for name, bench in benches.items()
-        }
-        described, failed = _describe(workers, tell)
-        workers = {name: several for name, several in workers.items() if name not in failed}
-        sizes = {
-            size: done.get(lambda size=size: _side_by_side(workers, size, study, tell), batch_size=size)
-            for size in study.batch_sizes
-        }
-    for size, found in sizes.items():
-        failed |= {f"{name} at batch {size}": reason for name, reason in found["failed"].items()}
-    return {
-        "blocks_ms": {str(size): found["blocks_ms"] for size, found in sizes.items()},
-        "warm_up": {str(size): found["warm_up"] for size, found in sizes.items()},
-        "attention_launched": {
-            name: about["attention_launched"] for name, about in described.items() if name in study.variants
-        },
-        "peers": {name: about for name, about in described.items() if name in study.peers},
-        "failed": failed,
-    }
-
-
-def resume_cache(started: Run) -> ResumeCache:
-    """The store of the batch sizes that a run has done: times belong to one machine, one code and one set of exports."""
-    study, here = started.study, started.record["machine"]
-    return ResumeCache(
-        started.unfinished, asked=started.record["asked"], budget=vars(study.compare), seed=study.seed,
-        checkpoints={name: checkpoints.fingerprint(study.checkpoint(name)) for name in needed_exports(study)},
-        machine=[here[key] for key in ("cpu", "gpu_uuid", "driver", "code_sha256")],
-    )  # fmt: skip
-
-
-def needed_exports(study: Study) -> list[str]:
-    """The exports that the variants and peers of a study are loaded from."""
-    return sorted(
-        {variants.parse(name).checkpoint for name in [*study.variants, *[variants.CONTROL] * bool(study.peers)]}
-    )
-
-
-def compare_study(study: Study, device: str | None = None) -> Path:
-    """Measure a study's variants and peers side by side; write ``records/compare.json``, ``ratios.csv`` and ``times.csv``.
-
-    Returns the path of the ratios.
-    """
-    devices.check_requirements(study)
-    for name in needed_exports(study):
-        if not study.checkpoint(name).is_dir():
-            raise UserError(
-                f"no checkpoint at {study.checkpoint(name)}: make it with 'python -m vitnb run finetune -p study {study.typed}'"
-            )
-    started = records_run.begin("compare", study.typed, variants=study.variants, peers=study.peers, device=device)
-    found = measure_comparison(study, device, resume_cache(started))
-    logits = accuracy.load_logits(study)
-    record = started.save(**found, answers=accuracy.kl_to_baseline(logits), engines=accuracy.engine_agreement(logits))
-    for name, table in (("ratios", comparison.ratio_table(record)), ("times", comparison.time_table(record))):
-        write_file(study.outputs / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-    return study.outputs / "ratios.csv"
-
-
 FEWEST_ROUNDS = 20
 
-
-def _fail(failed: dict[str, str] | None, name: str, error: VariantError) -> None:
-    """Keep the reason, or raise the error again where nobody keeps it."""
-    if failed is None:
-        raise error
-    failed[name] = one_line(error)
+Workers = dict[str, list[WorkerProcess]]  # the live processes of each variant
+Report = Callable[[str], None]  # prints a line on the progress
 
 
-def first_forwards(
-    workers: dict[str, list[WorkerProcess]], batch_size: int, failed: dict[str, str], ready: Callable[[str], None]
-) -> None:
-    """The first forward of every process at this batch size, all at once: what is compiled is compiled together.
+class Timed(Protocol):
+    """A model that can be timed, in this process or in another one.
+
+    ``worker.LocalVariant``, ``worker.WorkerProcess`` and ``external.ExternalVariant``
+    are of this kind.
+    """
+
+    def warm_up(self, batch_size: int) -> dict:
+        """Run forwards until their time is stable, and describe the warm-up."""
+        ...
+
+    def time_block(self, batch_size: int, forwards: int) -> list[float]:
+        """Time some forwards in a row, in milliseconds each."""
+        ...
+
+
+def record_failure(failed: dict[str, str] | None, name: str, error: Exception) -> None:
+    """Store the reason why a variant failed.
 
     Args:
-        failed: where the reasons of those that fail are kept; ready: told each name that does not, in the order of ``workers``.
+        failed: {variant: reason}, which gains an entry; None: the error is raised.
+
+    Raises:
+        UserError: the error is the user's, which concerns all variants.
     """
-    asked: dict[str, list[WorkerProcess]] = {name: [] for name in workers}
-    for name, several in workers.items():
-        for worker in several:
-            try:
-                worker.send("prepare", batch_size=batch_size)
-                asked[name].append(worker)
-            except VariantError as error:
-                _fail(failed, name, error)
-    for name, several in asked.items():
-        for worker in several:  # all of them: an answer that is left over would pass for the next question's
-            try:
-                worker.receive()
-            except VariantError as error:
-                _fail(failed, name, error)
-        if name not in failed:
-            ready(name)
+    known = as_known_error(error)
+    if failed is None or isinstance(known, UserError):
+        raise known from None
+    failed[name] = one_line(known)
 
 
 def warm_up_workers(
-    workers: dict[str, list[WorkerProcess]], batch_size: int, failed: dict[str, str] | None = None
+    timed: dict[str, list[Timed]],
+    batch_size: int,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[dict]]:
-    """Bring every process to a stable time at this batch size; what each answers, see ``workers.Bench.warm_up``.
+    """Bring every model to a stable time at a batch size, one after the other.
 
-    One that fails is left out, its reason in ``failed``; without such a dict its error is raised.
+    Args:
+        failed: see ``record_failure``. A variant that fails is left out.
+
+    Returns:
+        {variant: what each of its processes says, see ``LocalVariant.warm_up``}.
     """
     warmed = {}
-    for name, several in workers.items():
+    for name, several in timed.items():
         try:
-            warmed[name] = [worker.ask("warm_up", batch_size=batch_size) for worker in several]
-        except VariantError as error:
-            _fail(failed, name, error)
+            warmed[name] = [one.warm_up(batch_size) for one in several]
+        except Exception as error:
+            record_failure(failed, name, error)
     return warmed
 
 
 def time_interleaved(
-    workers: dict[str, list[WorkerProcess]],
+    timed: dict[str, list[Timed]],
     batch_size: int,
     budget: Compare,
     seed: int = 0,
     failed: dict[str, str] | None = None,
-) -> dict[str, list]:
-    """Blocks of forwards in rounds, every variant once a round, in an order drawn anew: {name: [[ms, ...], ...]}.
+) -> dict[str, list[list[float]]]:
+    """Time blocks of forwards in rounds, every variant once a round.
 
-    A variant's turn goes to one of its processes at random: two processes of the same program differ by a percent, by where
-    their memory lies, and that must not pass for a difference between variants. Ends after ``budget.rounds`` or
-    ``budget.seconds``, but not before FEWEST_ROUNDS. One that fails has no more turns and no blocks; see ``warm_up``.
+    The order is drawn anew for each round. So is the process whose turn it is: two
+    processes of one program differ by a percent, by where their memory lies, and this
+    must not pass for a difference between variants. The rounds end after
+    ``budget.rounds`` or ``budget.seconds``, but not before FEWEST_ROUNDS.
+
+    Args:
+        timed: {variant: its processes}.
+        failed: see ``record_failure``. A variant that fails loses its blocks.
+
+    Returns:
+        {variant: [rounds][forwards] milliseconds}.
     """
-    random, blocks = np.random.default_rng(seed), {name: [] for name in workers}
-    workers, begin = dict(workers), time.perf_counter()
-    for done in range(budget.rounds):
-        if not workers or (done >= FEWEST_ROUNDS and time.perf_counter() - begin > budget.seconds):
+    random = np.random.default_rng(seed)
+    timed = dict(timed)
+    blocks: dict[str, list[list[float]]] = {name: [] for name in timed}
+    begin = time.perf_counter()
+    for rounds in range(budget.rounds):
+        out_of_time = time.perf_counter() - begin > budget.seconds
+        if not timed or (rounds >= FEWEST_ROUNDS and out_of_time):
             break
-        for name in random.permutation(list(workers)):
-            worker = workers[name][random.integers(len(workers[name]))]
+        for name in random.permutation(list(timed)).tolist():
+            one = timed[name][random.integers(len(timed[name]))]
             try:
-                blocks[name].append(worker.ask("block", batch_size=batch_size, forwards=budget.forwards))
-            except VariantError as error:
-                _fail(failed, str(name), error)
-                del workers[name], blocks[name]
+                blocks[name].append(one.time_block(batch_size, budget.forwards))
+            except Exception as error:
+                record_failure(failed, name, error)
+                del timed[name], blocks[name]
     return blocks
+
+
+def call_all(
+    workers: Workers, method: str, failed: dict[str, str], **options
+) -> Iterator[tuple[str, list]]:
+    """Call a method in every process, in all of them at once.
+
+    Yields:
+        A variant and the answers of its processes, as soon as all of these answered, in
+        the order of ``workers``. A variant that fails is left out, see
+        ``record_failure``.
+    """
+    called: Workers = {name: [] for name in workers}
+    for name, several in workers.items():
+        for worker in several:
+            try:
+                worker.send(method, **options)
+                called[name].append(worker)
+            except VariantError as error:
+                record_failure(failed, name, error)
+    for name, several in called.items():
+        answers = []
+        # All are read: an answer left over would pass for the answer to the next call.
+        for worker in several:
+            try:
+                answers.append(worker.receive())
+            except VariantError as error:
+                record_failure(failed, name, error)
+        if name not in failed:
+            yield name, answers
+
+
+def load_all(workers: Workers, report: Report) -> tuple[dict, dict[str, str]]:
+    """Load all variants at once.
+
+    Returns:
+        {variant: what its first process describes}, {variant: why it cannot be loaded}.
+    """
+    described: dict[str, dict] = {}
+    failed: dict[str, str] = {}
+    for name, answers in call_all(workers, "describe", failed):
+        described[name] = answers[0]
+        report(f"{name} loaded")
+    for name, reason in failed.items():
+        report(f"{name} failed: {reason}")
+    return described, failed
+
+
+def first_forwards(
+    workers: Workers, batch_size: int, failed: dict[str, str], report: Report
+) -> None:
+    """Run the first forward of every process at once, so that all compile together."""
+    calls = call_all(workers, "first_forward", failed, batch_size=batch_size)
+    for name, _ in calls:
+        report(f"batch {batch_size}: {name} had its first forward")
+
+
+def compare_batch_size(
+    workers: Workers, batch_size: int, study: Study, report: Report
+) -> dict:
+    """Compare all variants at one batch size.
+
+    Returns:
+        warm_up, blocks_ms, failed: by variant, see ``measure_comparison``.
+    """
+    failed: dict[str, str] = {}
+    first_forwards(workers, batch_size, failed, report)
+    ready = {name: workers[name] for name in workers if name not in failed}
+    warmed = warm_up_workers(ready, batch_size, failed)
+    ready = {name: workers[name] for name in warmed}
+    blocks = time_interleaved(ready, batch_size, study.compare, study.seed, failed)
+    for name, reason in failed.items():
+        report(f"batch {batch_size}: {name} failed: {reason}")
+    rounds = len(next(iter(blocks.values()), []))
+    report(f"batch {batch_size}: {len(blocks)} side by side, {rounds} rounds")
+    return {
+        "warm_up": {name: answers[0] for name, answers in warmed.items()},
+        "blocks_ms": blocks,
+        "failed": failed,
+    }
+
+
+def _progress_report() -> Report:
+    """Return a function that prints a line with the seconds from now on."""
+    begin = time.perf_counter()
+
+    def report(line: str) -> None:
+        seconds = time.perf_counter() - begin
+        print(f"{line}, {seconds:.0f} s from the start", flush=True)
+
+    return report
+
+
+def _start_workers(study: Study, device: str | None, stack: ExitStack) -> Workers:
+    """Start the processes of every variant and external model; the stack ends them."""
+    loads = dict.fromkeys(study.variants, load_local_variant)
+    loads |= dict.fromkeys(study.peers, load_external_variant)
+    workers: Workers = {name: [] for name in loads}
+    for name, load in loads.items():
+        for _ in range(study.compare.processes):
+            worker = WorkerProcess(study, name, device, load)
+            workers[name].append(stack.enter_context(worker))
+    return workers
+
+
+def measure_comparison(
+    study: Study, device: str | None = None, cache: ResumeCache | None = None
+) -> dict:
+    """Compare all variants and external models of a study at all of its batch sizes.
+
+    Each has ``study.compare.processes`` live processes.
+
+    Args:
+        cache: stores each finished batch size, so that a killed comparison goes on with
+            the next one; None: nothing is stored.
+
+    Returns:
+        blocks_ms: {batch size: {variant: [rounds][forwards] milliseconds}}.
+        warm_up: {batch size: {variant: what its first process says, see
+            ``LocalVariant.warm_up``}}.
+        attention_launched: by variant.
+        peers: what each external model describes.
+        failed: {variant, or "variant at batch size": reason}.
+    """
+    cache = cache or ResumeCache(None)
+    report = _progress_report()
+    by_size = {}
+    with ExitStack() as stack:
+        workers = _start_workers(study, device, stack)
+        described, failed = load_all(workers, report)
+        workers = {name: workers[name] for name in workers if name not in failed}
+        for size in study.batch_sizes:
+            measure = partial(compare_batch_size, workers, size, study, report)
+            by_size[size] = cache.get(measure, batch_size=size)
+    for size, measured in by_size.items():
+        for name, reason in measured["failed"].items():
+            failed[f"{name} at batch {size}"] = reason
+    return {
+        "blocks_ms": {str(size): one["blocks_ms"] for size, one in by_size.items()},
+        "warm_up": {str(size): one["warm_up"] for size, one in by_size.items()},
+        "attention_launched": {
+            name: described[name]["attention_launched"]
+            for name in study.variants
+            if name in described
+        },
+        "peers": {name: described[name] for name in study.peers if name in described},
+        "failed": failed,
+    }
+
+
+def needed_exports(study: Study) -> list[str]:
+    """Return the exports that a study's variants and external models load from."""
+    names = list(study.variants)
+    if study.peers:
+        names.append(variants.CONTROL)
+    return sorted({variants.parse(name).checkpoint for name in names})
+
+
+def _check_exports(study: Study) -> None:
+    """Raise UserError if an export that the study needs is missing."""
+    for name in needed_exports(study):
+        folder = study.checkpoint(name)
+        if not folder.is_dir():
+            raise UserError(
+                f"no checkpoint at {folder}: make it with "
+                f"'python -m vitnb run finetune -p study {study.typed}'"
+            )
+
+
+def resume_cache(run: Run) -> ResumeCache:
+    """Return the store of the batch sizes that a run has finished.
+
+    Stored times are valid for one machine, one code and one set of exports.
+    """
+    study, machine = run.study, run.record["machine"]
+    exports = {
+        name: checkpoints.fingerprint(study.checkpoint(name))
+        for name in needed_exports(study)
+    }
+    identity = ("cpu", "gpu_uuid", "driver", "code_sha256")
+    return ResumeCache(
+        run.unfinished,
+        asked=run.record["asked"],
+        budget=vars(study.compare),
+        seed=study.seed,
+        checkpoints=exports,
+        machine=[machine[key] for key in identity],
+    )
+
+
+def compare_study(study: Study, device: str | None = None) -> Path:
+    """Compare a study's variants and external models side by side.
+
+    Writes ``records/compare.json``, ``ratios.csv`` and ``times.csv``.
+
+    Returns:
+        The path of the ratios.
+
+    Raises:
+        UserError: an export is missing, or the study needs a GPU and there is none.
+    """
+    devices.check_requirements(study)
+    _check_exports(study)
+    run = records_run.begin(
+        "compare",
+        study.typed,
+        variants=study.variants,
+        peers=study.peers,
+        device=device,
+    )
+    measured = measure_comparison(study, device, resume_cache(run))
+    logits = accuracy.load_logits(study)
+    record = run.save(
+        **measured,
+        answers=accuracy.kl_to_baseline(logits),
+        engines=accuracy.engine_agreement(logits),
+    )
+    tables = {
+        "ratios": comparison.ratio_table(record),
+        "times": comparison.time_table(record),
+    }
+    for name, table in tables.items():
+        content = table.to_csv(index=False, lineterminator="\n")
+        write_file(study.outputs / f"{name}.csv", content)
+    return study.outputs / "ratios.csv"

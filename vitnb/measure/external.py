@@ -1,14 +1,16 @@
-"""Peers: what one would run instead of our variants, with the same fine-tuned weights and in the same turns.
+"""Load external baselines: other packages' models with the same fine-tuned weights.
 
-``timm-compile`` is timm's ViT in 16 bits; ``torchao-fp8-compile`` the same with the blocks' Linears in 8-bit floating point
-(torchao: dynamic, one scale a row). Both are compiled with CUDA graphs (``reduce-overhead``), and both must give the plain
-model's logits before they are timed. timm and torchao are optional: a peer whose package is missing fails with the reason.
+``timm-compile`` is timm's ViT in 16 bits. ``torchao-fp8-compile`` is timm's ViT with
+the blocks' Linears in 8-bit floating point (torchao: dynamic, one scale a row). Both
+are compiled with CUDA graphs (``reduce-overhead``). Both must give the plain model's
+logits before they are timed. timm and torchao are optional: a baseline whose package is
+missing fails with this reason.
 """
 
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -17,164 +19,275 @@ import torch
 from torch import nn
 
 from vitnb import devices, variants
+from vitnb.data.splits import Split
 from vitnb.errors import VariantError, one_line
-from vitnb.measure import worker
+from vitnb.measure.worker import LocalVariant, load_local_variant
 from vitnb.models.engines import Engine
+from vitnb.models.loader import LoadedVariant
 from vitnb.study import Study
 
-CHECKED = 64  # images at most whose answers are compared before anything is compiled
+CHECKED = 64  # images at most whose logits are compared before anything is compiled
 
-
-# transformers' names (5.9 or newer, in memory) -> timm's, replaced in this order. q, k and v are one Linear in timm.
+# transformers' names (5.9 or newer, in memory) -> timm's, replaced in this order.
+# Query, key and value are one Linear in timm.
 NAMES = {
-    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.embeddings.position_embeddings": "pos_embed",
-    "vit.embeddings.": "", "vit.layernorm": "norm", "vit.layers": "blocks", "classifier": "head", "layernorm_before": "norm1",
-    "layernorm_after": "norm2", "attention.q_proj": "attn.qkv", "attention.o_proj": "attn.proj",
-}  # fmt: skip
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "vit.embeddings.position_embeddings": "pos_embed",
+    "vit.embeddings.": "",
+    "vit.layernorm": "norm",
+    "vit.layers": "blocks",
+    "classifier": "head",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.q_proj": "attn.qkv",
+    "attention.o_proj": "attn.proj",
+}
 
 
 def timm_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a transformers ``ViTForImageClassification`` under timm's names, q, k and v joined.
+    """Return a ViTForImageClassification's weights under timm's names.
 
-    What the names do not cover keeps its own, so that a strict load refuses it.
+    Query, key and value are joined. A weight that NAMES does not cover keeps its own
+    name, so that a strict load refuses it.
     """
-    state, found = model.state_dict(), {}
+    state = model.state_dict()
+    renamed = {}
     for name, tensor in state.items():
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+            tensor = torch.cat([state[part] for part in parts])
         for theirs, timms in NAMES.items():
             name = name.replace(theirs, timms)
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
-def _package(name: str):
-    """An optional module; VariantError where it is missing or broken."""
+def _import_optional(name: str):
+    """Import an optional module; raise VariantError if it is missing or broken."""
     try:
         return import_module(name)
-    except Exception as error:  # a package that was built for another PyTorch can fail in any way
+    except Exception as error:
+        # A package that was built for another PyTorch can fail in any way.
         raise VariantError(f"{name} cannot be imported: {one_line(error)}") from None
 
 
 def timm_vit(model: nn.Module) -> nn.Module:
-    """timm's ``VisionTransformer`` with the shape and the weights of a transformers ViT, where and in the type that these are.
+    """Build timm's VisionTransformer with the shape and weights of a transformers ViT.
 
-    Raises VariantError without timm, or for a model that is no ViT with timm's parts.
+    Device and type are those of the given model.
+
+    Raises:
+        VariantError: timm is missing, or the model is no ViT with timm's parts.
     """
-    config, timm = model.config, _package("timm.models.vision_transformer")
+    config = model.config
+    timm = _import_optional("timm.models.vision_transformer")
     if config.model_type != "vit" or config.hidden_act != "gelu":
-        raise VariantError(f"timm's ViT has no place for a {config.model_type} with {config.hidden_act}")
-    found = timm.VisionTransformer(
-        img_size=config.image_size, patch_size=config.patch_size, in_chans=config.num_channels, num_classes=config.num_labels,
-        global_pool="token", embed_dim=config.hidden_size, depth=config.num_hidden_layers, num_heads=config.num_attention_heads,
-        mlp_ratio=config.intermediate_size / config.hidden_size, qkv_bias=config.qkv_bias,
+        raise VariantError(
+            f"timm's ViT has no place for a {config.model_type} with "
+            f"{config.hidden_act}"
+        )
+    built = timm.VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        num_classes=config.num_labels,
+        global_pool="token",
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        qkv_bias=config.qkv_bias,
         norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
-    )  # fmt: skip
+    )
     try:
-        found.load_state_dict(timm_state(model))
+        built.load_state_dict(timm_state(model))
     except RuntimeError as error:
-        raise VariantError(f"the weights do not fit timm's ViT: {one_line(error)}") from None
-    return found.to(model.device, model.dtype).eval()
+        raise VariantError(
+            f"the weights do not fit timm's ViT: {one_line(error)}"
+        ) from None
+    return built.to(model.device, model.dtype).eval()
 
 
 def quantize_float8(model: nn.Module) -> nn.Module:
-    """Quantize the Linears of a timm ViT's blocks in place: weights and activations e4m3, one scale a row; the head is kept.
+    """Quantize the Linears of a timm ViT's blocks in place, and return the model.
 
-    Raises VariantError without torchao, or if it left a Linear of the blocks as it was.
+    Weights and activations are e4m3 with one scale a row. The head stays in 16 bits.
+
+    Raises:
+        VariantError: torchao is missing, or left a Linear of the blocks unquantized.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about kernels of its own that it does without
-    ao = _package("torchao.quantization")
+    # torchao warns about missing kernels of its own, which it can do without.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    ao = _import_optional("torchao.quantization")
     settings = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
     ao.quantize_(model.blocks, settings)
-    linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    if kept := sum(type(linear.weight) is nn.Parameter for linear in linears):
-        raise VariantError(f"torchao left {kept} of the blocks' {len(linears)} Linears in 16 bits")
+    linears = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+    if left := sum(type(linear.weight) is nn.Parameter for linear in linears):
+        raise VariantError(
+            f"torchao left {left} of the blocks' {len(linears)} Linears in 16 bits"
+        )
     return model
+
+
+def timm_vit_float8(model: nn.Module) -> nn.Module:
+    """Build timm's ViT from a transformers ViT, its Linears in 8-bit floating point."""
+    return quantize_float8(timm_vit(model))
 
 
 @dataclass(frozen=True)
 class ExternalModel:
-    """One kind of peer: how it is built from the plain model, and how far its answers may be from that one's.
+    """How to build an external model, and how far its logits may differ.
 
-    spread: the largest difference of a logit, as a share of the range of all logits. agree: the share of images with the same
-    first class; a single image may always differ, as two classes can be equally likely.
+    build: makes the external model from the plain one.
+    packages: the packages whose versions are recorded.
+    max_spread: the largest difference of a logit, as a share of the logits' range.
+    min_agree: the share of images with the same first class. A single image may always
+        differ, as two classes can be equally likely.
     """
 
     build: Callable[[nn.Module], nn.Module]
     packages: tuple[str, ...]
-    spread: float
-    agree: float
+    max_spread: float
+    min_agree: float
 
 
-# The plain model computes in the same 16 bits. Other kernels round in other places; FP8 keeps three bits of the mantissa.
+# The plain model computes in the same 16 bits. Other kernels round in other places; FP8
+# keeps three bits of the mantissa.
 EXTERNAL_MODELS = {
-    "timm-compile": ExternalModel(timm_vit, ("timm",), spread=0.05, agree=0.99),
-    "torchao-fp8-compile": ExternalModel(lambda model: quantize_float8(timm_vit(model)), ("timm", "torchao"), spread=0.15, agree=0.95),
+    "timm-compile": ExternalModel(timm_vit, ("timm",), max_spread=0.05, min_agree=0.99),
+    "torchao-fp8-compile": ExternalModel(
+        timm_vit_float8, ("timm", "torchao"), max_spread=0.15, min_agree=0.95
+    ),
 }
 
 
-def check_agreement(found: torch.Tensor, plain: torch.Tensor, kind: ExternalModel) -> dict[str, float]:
-    """How far logits are from the plain model's, [images, classes] both: spread and agree, see ``Kind``.
+def check_agreement(
+    logits: torch.Tensor, plain: torch.Tensor, external: ExternalModel
+) -> dict[str, float]:
+    """Compare an external model's logits with the plain model's, [images, classes].
 
-    Raises VariantError if that is too far: the peer computes something else.
+    Returns:
+        spread, agree: see ``ExternalModel``.
+
+    Raises:
+        VariantError: the logits are too far apart to be of one computation.
     """
-    found, plain = found.float().cpu(), plain.float().cpu()
-    spread = ((found - plain).abs().max() / (plain.max() - plain.min())).item()
-    differ = (found.argmax(-1) != plain.argmax(-1)).sum().item()
+    logits, plain = logits.float().cpu(), plain.float().cpu()
+    spread = ((logits - plain).abs().max() / (plain.max() - plain.min())).item()
+    differ = (logits.argmax(-1) != plain.argmax(-1)).sum().item()
     agree = 1 - differ / len(plain)
-    # Asked this way round, what is not a number is refused, too.
-    if not (spread <= kind.spread and differ <= max(1, (1 - kind.agree) * len(plain))):
+    may_differ = max(1, (1 - external.min_agree) * len(plain))
+    # Comparisons with NaN are false, so NaN is refused as well.
+    if not (spread <= external.max_spread and differ <= may_differ):
         raise VariantError(
-            f"the peer computes something else: logits differ by {spread:.3f} of their range (at most {kind.spread}), "
-            f"the first class agrees on {agree:.3f} of the images (at least {kind.agree})"
+            f"the peer computes something else: logits differ by {spread:.3f} of "
+            f"their range (at most {external.max_spread}), the first class agrees on "
+            f"{agree:.3f} of the images (at least {external.min_agree})"
         )
     return {"spread": spread, "agree": agree}
 
 
-class _Launched(Engine):
-    """A peer as it is launched: timm's models take pixels without a name. What cannot be compiled fails, nothing stands in."""
+class _ExternalEngine(Engine):
+    """An engine that passes pixels without a name, as timm's models take them.
+
+    A model that cannot be compiled fails. Nothing stands in for it.
+    """
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values)
 
 
 def check_gpu(device: str | None) -> None:
-    """Raise VariantError unless the device is a GPU: the peers run as CUDA graphs."""
+    """Raise VariantError unless the device is a GPU, as CUDA graphs need one."""
     if devices.select_device(device).type != "cuda":
         raise VariantError("peers run as CUDA graphs: they need an NVIDIA GPU")
 
 
-class ExternalServer(worker.VariantServer):
-    """What runs in a peer's worker. It asks the plain model for its logits first, and keeps these instead of the model."""
+def distinct_logits(
+    loaded: LoadedVariant, pixels: torch.Tensor, images: int
+) -> torch.Tensor:
+    """Return the logits of a batch, float32 [images, classes], without repeated images.
 
-    def __init__(self, study: Study, name: str, device: str | None = None):
-        check_gpu(device)
-        super().__init__(study, variants.CONTROL, device)
-        self.kind = EXTERNAL_MODELS[name]
-        self.plain = {size: self._logits(size) for size in {CHECKED, *study.batch_sizes}}
-        peer = self.loaded.model = self.kind.build(self.loaded.model)
-        self.loaded.engine = _Launched("compile", peer)
-        self.found = check_agreement(self._logits(CHECKED), self.plain[CHECKED], self.kind)
-        self.loaded.engine.model = torch.compile(peer, mode="reduce-overhead", dynamic=False)
+    A batch larger than the split repeats images (see ``dataset.first_batch``). An image
+    with two equally likely classes must count once. The CPU gets a copy of the logits,
+    as the next run of a CUDA graph overwrites them.
 
-    def _logits(self, size: int) -> torch.Tensor:
-        """Float32 [images, classes] on the CPU: a copy, as the next run of a CUDA graph overwrites the last one's output.
+    Args:
+        images: images of the split that the batch was taken from.
+    """
+    step = math.ceil(len(pixels) / images)
+    with loaded.inference() as model:
+        output = model(pixel_values=pixels)
+    return getattr(output, "logits", output)[::step].float().cpu()
 
-        No image twice: a batch that is larger than the split repeats them, and one with two equally likely classes is one.
-        """
-        with self.loaded.inference() as model:
-            found = model(pixel_values=self._batch(size))
-        once = slice(None, None, math.ceil(size / len(self.split)))  # see ``data.first_batch``
-        return getattr(found, "logits", found)[once].float().cpu()
+
+class ExternalVariant(LocalVariant):
+    """A compiled external model, with the logits that it must give.
+
+    Args:
+        expected: the plain model's logits, {batch size: [images, classes]}.
+        agreement: how far the external model was from them before it was compiled.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedVariant,
+        split: Split,
+        pixels: dict[int, torch.Tensor],
+        external: ExternalModel,
+        expected: dict[int, torch.Tensor],
+        agreement: dict[str, float],
+    ):
+        super().__init__(loaded, split, pixels)
+        self.external = external
+        self.expected = expected
+        self.agreement = agreement
 
     def describe(self) -> dict:
-        """How far its logits are from the plain model's, not compiled yet, and which packages it is made of."""
-        return self.found | {"versions": {name: version(name) for name in self.kind.packages}}
+        """Describe how far the logits are from the plain model's, and the packages."""
+        packages = {name: version(name) for name in self.external.packages}
+        return self.agreement | {"versions": packages}
 
     def warm_up(self, batch_size: int) -> dict:
-        """See ``workers.Bench.warm_up``; then the logits are compared once more, as now they come from the CUDA graph."""
-        found = super().warm_up(batch_size)
-        check_agreement(self._logits(batch_size), self.plain[batch_size], self.kind)
-        return found
+        """Warm up as a LocalVariant does, then compare the logits once more.
+
+        Now they come from the CUDA graph.
+        """
+        warmed = super().warm_up(batch_size)
+        pixels = self.batch(batch_size)
+        logits = distinct_logits(self.loaded, pixels, len(self.split))
+        check_agreement(logits, self.expected[batch_size], self.external)
+        return warmed
+
+
+def load_external_variant(
+    study: Study, name: str, device: str | None = None
+) -> ExternalVariant:
+    """Build an external model from the plain 16-bit model, check it, and compile it.
+
+    Raises:
+        VariantError: there is no GPU, a package is missing, or the logits differ.
+    """
+    check_gpu(device)
+    external = EXTERNAL_MODELS[name]
+    plain = load_local_variant(study, variants.CONTROL, device)
+    images = len(plain.split)
+    expected = {
+        size: distinct_logits(plain.loaded, plain.batch(size), images)
+        for size in {CHECKED, *study.batch_sizes}
+    }
+    model = external.build(plain.loaded.model)
+    eager = replace(plain.loaded, model=model, engine=_ExternalEngine("compile", model))
+    logits = distinct_logits(eager, plain.batch(CHECKED), images)
+    agreement = check_agreement(logits, expected[CHECKED], external)
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    return ExternalVariant(
+        replace(eager, engine=_ExternalEngine("compile", compiled)),
+        plain.split,
+        plain.pixels,
+        external,
+        expected,
+        agreement,
+    )

@@ -1,10 +1,12 @@
-"""Latency: the time of one forward at a stated batch size, as raw samples, and what may be said of them.
+"""Measure latency: the time of one forward at a stated batch size, as raw samples.
 
-Four times are told apart: the first forward ever; the host's, from the call until the device is done; the device's own,
-by CUDA events; and the device's with an empty cache. On a CPU the host is the device.
+Four times differ. ``first_ms`` is the first forward ever. ``host_ms`` lasts from the
+call until the device is done. ``device_ms`` is the device's own time by CUDA events.
+``cold_ms`` is the device's time with an empty cache. On a CPU, host and device are one.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,55 +18,83 @@ from vitnb.models.loader import LoadedVariant
 from vitnb.records import machine
 from vitnb.study import Latency
 
-# The warm-up goes on, window by window, until the medians of three windows in a row agree.
+# The warm-up ends when the medians of three windows in a row agree within 3%.
 WINDOW_FORWARDS, WINDOW_SECONDS = 5, 0.1
-
-
-AGREE, WINDOWS = 0.03, 3
-
-
+WINDOWS, AGREE = 3, 0.03
 WARMUP_LIMIT_SECONDS = 5.0
 
+FEWEST = 20  # samples that a median with an interval needs
+CHUNK = 10  # samples between two looks at the clock
 
-FEWEST = 20
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work. On a CPU, return at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def cache_flush_buffer(on: torch.device) -> torch.Tensor:
-    """Memory that, once written, has pushed everything else out of the device's last cache (twice its size)."""
-    if on.type == "cuda":
-        size = max(2 * torch.cuda.get_device_properties(on).L2_cache_size, 256 * 2**20)
+def cache_flush_buffer(device: torch.device) -> torch.Tensor:
+    """Return a buffer of at least twice the size of the device's last cache, uint8.
+
+    Writing the buffer pushes everything else out of the cache.
+    """
+    if device.type == "cuda":
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        size = max(2 * cache_bytes, 256 * 2**20)
     else:
-        caches = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-        kib = [int(text[:-1]) for text in caches if text.endswith("K")]
+        folder = Path("/sys/devices/system/cpu/cpu0/cache")
+        sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
+        kib = [int(text[:-1]) for text in sizes if text.endswith("K")]
         size = 2 * max([*kib, 32 * 2**10]) * 2**10
-    return torch.zeros(size, dtype=torch.uint8, device=on)
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def time_host(loaded: LoadedVariant, model, pixels: torch.Tensor) -> float:
-    """Milliseconds of one forward by the wall clock, from the call until the device is done."""
-    on_gpu = loaded.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
+    """Time one forward by the wall clock, in milliseconds.
+
+    The clock runs from the call until the device is done.
+    """
+    synchronize(loaded.device)
     begin = time.perf_counter()
     model(pixel_values=pixels)
-    if on_gpu:
-        torch.cuda.synchronize()
+    synchronize(loaded.device)
     return (time.perf_counter() - begin) * 1e3
 
 
-def time_device(loaded: LoadedVariant, model, pixels: torch.Tensor, forwards: int, cold: torch.Tensor | None = None):
-    """Milliseconds of each of some forwards, handed over without waiting in between, by CUDA events (CPU: wall clock).
+def time_device(
+    loaded: LoadedVariant,
+    model,
+    pixels: torch.Tensor,
+    forwards: int,
+    cold: torch.Tensor | None = None,
+) -> list[float]:
+    """Time forwards in a row, in milliseconds each.
 
-    ``cold``: the buffer that empties the cache before each, see ``cold_buffer``.
+    A GPU gets all forwards without waiting in between, and CUDA events take the times.
+    A CPU's times are those of the wall clock.
+
+    Args:
+        cold: a buffer that empties the cache before each forward, see
+            ``cache_flush_buffer``; None: the cache stays warm.
     """
-    if loaded.device.type != "cuda":
-        found = []
-        for _ in range(forwards):
-            if cold is not None:
-                cold.fill_(len(found) % 2)
-            found.append(time_host(loaded, model, pixels))
-        return found
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(forwards)]
+    if loaded.device.type == "cuda":
+        return _time_by_events(model, pixels, forwards, cold)
+    samples = []
+    for _ in range(forwards):
+        if cold is not None:
+            cold.fill_(len(samples) % 2)
+        samples.append(time_host(loaded, model, pixels))
+    return samples
+
+
+def _time_by_events(
+    model, pixels: torch.Tensor, forwards: int, cold: torch.Tensor | None
+) -> list[float]:
+    """Time forwards in a row on a GPU by CUDA events, in milliseconds each."""
+    events = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        for _ in range(forwards)
+    ]
     for begin, end in events:
         if cold is not None:
             cold.zero_()
@@ -75,78 +105,146 @@ def time_device(loaded: LoadedVariant, model, pixels: torch.Tensor, forwards: in
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def warm_up(forward, limit: float = WARMUP_LIMIT_SECONDS) -> dict[str, object]:
-    """Call ``forward`` (-> milliseconds) until it is stable or ``limit`` seconds and three windows are over.
+def warm_up(
+    forward: Callable[[], float], limit: float = WARMUP_LIMIT_SECONDS
+) -> dict[str, object]:
+    """Repeat a forward until its time is stable, or ``limit`` seconds have passed.
 
-    Returns: the forwards and seconds that it took, and whether it became stable.
+    At least three windows of forwards are taken.
+
+    Args:
+        forward: runs one forward and returns its milliseconds.
+
+    Returns:
+        forwards: how many; seconds: how long; stable: whether the time became stable.
     """
-    begin, medians, forwards = time.perf_counter(), [], 0
+    begin = time.perf_counter()
+    medians: list[float] = []
+    forwards = 0
     while True:
         window, start = [], time.perf_counter()
-        while len(window) < WINDOW_FORWARDS or time.perf_counter() - start < WINDOW_SECONDS:
+        while (
+            len(window) < WINDOW_FORWARDS
+            or time.perf_counter() - start < WINDOW_SECONDS
+        ):
             window.append(forward())
         medians.append(float(np.median(window)))
         forwards += len(window)
-        last, seconds = medians[-WINDOWS:], time.perf_counter() - begin
+        last = medians[-WINDOWS:]
+        seconds = time.perf_counter() - begin
         stable = len(last) == WINDOWS and max(last) <= (1 + AGREE) * min(last)
         if stable or (seconds > limit and len(last) == WINDOWS):
-            return {"forwards": forwards, "seconds": round(seconds, 3), "stable": stable}
+            return {
+                "forwards": forwards,
+                "seconds": round(seconds, 3),
+                "stable": stable,
+            }
 
 
-def _collect(take, samples: int, seconds: float) -> tuple[list[float], float]:
-    """Chunks of samples until there are enough or the time is over, but never fewer than a p50 needs; and the seconds."""
-    found, begin = [], time.perf_counter()
-    while len(found) < min(samples, FEWEST) or (len(found) < samples and time.perf_counter() - begin < seconds):
-        found += take(min(10, samples - len(found)))
-    return found, time.perf_counter() - begin
+def _collect(
+    take: Callable[[int], list[float]], count: int, limit: float
+) -> tuple[list[float], float]:
+    """Take samples until there are ``count``, or ``limit`` seconds have passed.
 
-
-def measure_latency(loaded: LoadedVariant, pixels: torch.Tensor, budget: Latency) -> dict:
-    """Time forwards of one batch, each kind until ``budget.samples`` are taken or ``budget.seconds`` are over.
+    The limit never leaves fewer samples than a median needs.
 
     Args:
-        pixels: real images, float32 [batch, 3, height, width]; moved to the device before the clock starts.
+        take: takes a number of samples and returns them.
 
     Returns:
-        batch_size; first_ms (the first forward ever); warm_up (see there); host_ms, device_ms (None on a CPU, where it
-        is the host's) and cold_ms: raw samples in milliseconds, in order, the cache warm but for the last;
-        images_per_second: images over the wall time of forwards that follow each other without waiting; before, after:
-        the state of the machine.
+        The samples, and the seconds that all of them took together.
     """
-    pixels, on_gpu = loaded.prepare(pixels), loaded.device.type == "cuda"
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < min(count, FEWEST) or (
+        len(samples) < count and time.perf_counter() - begin < limit
+    ):
+        samples += take(min(CHUNK, count - len(samples)))
+    return samples, time.perf_counter() - begin
+
+
+def measure_latency(
+    loaded: LoadedVariant, pixels: torch.Tensor, budget: Latency
+) -> dict:
+    """Time forwards of one batch.
+
+    Each kind of time is sampled until ``budget.samples`` are taken or
+    ``budget.seconds`` have passed.
+
+    Args:
+        pixels: real images, float32 [batch, 3, height, width]; moved to the device
+            before the clock starts.
+
+    Returns:
+        batch_size.
+        first_ms: the first forward ever.
+        warm_up: see there.
+        host_ms, device_ms, cold_ms: raw samples in milliseconds, in order. device_ms is
+            None on a CPU, where host_ms is the device's time. Only cold_ms has an empty
+            cache.
+        images_per_second: images over the wall time of forwards without pauses.
+        before, after: the state of the machine.
+    """
+    pixels = loaded.prepare(pixels)
     cold = cache_flush_buffer(loaded.device)
     before = machine.machine_state()
     with loaded.inference() as model:
-        first_ms = time_host(loaded, model, pixels)
-        limit = min(WARMUP_LIMIT_SECONDS, 5 * budget.seconds)  # a short timing is not worth a long warm-up
-        warmed = warm_up(lambda: time_host(loaded, model, pixels), limit)
-        host, elapsed = _collect(
-            lambda n: [time_host(loaded, model, pixels) for _ in range(n)], budget.samples, budget.seconds
-        )
-        device = None
-        if on_gpu:
-            device, elapsed = _collect(lambda n: time_device(loaded, model, pixels, n), budget.samples, budget.seconds)
-        images_per_second = len(pixels) * len(device or host) / elapsed
-        chilled, _ = _collect(
-            lambda n: time_device(loaded, model, pixels, n, cold), max(FEWEST, budget.samples // 10), budget.seconds / 4
-        )
+        times = _sample_times(loaded, model, pixels, cold, budget)
     return {
         "batch_size": len(pixels),
+        **times,
+        "before": before,
+        "after": machine.machine_state(),
+    }
+
+
+def _sample_times(
+    loaded: LoadedVariant,
+    model,
+    pixels: torch.Tensor,
+    cold: torch.Tensor,
+    budget: Latency,
+) -> dict:
+    """Sample every kind of time, see ``measure_latency``."""
+
+    def time_on_host(count: int) -> list[float]:
+        return [time_host(loaded, model, pixels) for _ in range(count)]
+
+    def time_on_device(count: int) -> list[float]:
+        return time_device(loaded, model, pixels, count)
+
+    def time_cold(count: int) -> list[float]:
+        return time_device(loaded, model, pixels, count, cold)
+
+    first_ms = time_host(loaded, model, pixels)
+    # A short timing is not worth a long warm-up.
+    limit = min(WARMUP_LIMIT_SECONDS, 5 * budget.seconds)
+    warmed = warm_up(lambda: time_host(loaded, model, pixels), limit)
+    host, elapsed = _collect(time_on_host, budget.samples, budget.seconds)
+    device = None
+    if loaded.device.type == "cuda":
+        device, elapsed = _collect(time_on_device, budget.samples, budget.seconds)
+    images_per_second = len(pixels) * len(device or host) / elapsed
+    cold_count = max(FEWEST, budget.samples // 10)
+    chilled, _ = _collect(time_cold, cold_count, budget.seconds / 4)
+    return {
         "first_ms": first_ms,
         "warm_up": warmed,
         "host_ms": host,
         "device_ms": device,
         "cold_ms": chilled,
         "images_per_second": images_per_second,
-        "before": before,
-        "after": machine.machine_state(),
     }
 
 
-def time_batch_sizes(loaded: LoadedVariant, split: Split, sizes: list[int], budget: Latency) -> list[dict]:
-    """Time every batch size with images of a split; see ``measure``."""
-    found = []
+def time_batch_sizes(
+    loaded: LoadedVariant, split: Split, sizes: list[int], budget: Latency
+) -> list[dict]:
+    """Time every batch size with images of a split, see ``measure_latency``."""
+    timings = []
     for size in sizes:
-        found.append(measure_latency(loaded, dataset.first_batch(split, loaded.processor, size), budget))
-        print(f"batch {size}: {len(found[-1]['host_ms'])} forwards timed", flush=True)
-    return found
+        pixels = dataset.first_batch(split, loaded.processor, size)
+        timings.append(measure_latency(loaded, pixels, budget))
+        count = len(timings[-1]["host_ms"])
+        print(f"batch {size}: {count} forwards timed", flush=True)
+    return timings

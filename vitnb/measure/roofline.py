@@ -1,70 +1,102 @@
-"""The roofline: how long a forward would take if this machine did nothing but its arithmetic, or only read its weights.
+"""Measure the roofline: the shortest time that arithmetic or memory traffic allows.
 
-Peaks are measured here, not taken from a data sheet (Williams et al., *Roofline*, 2009).
+Peaks are measured on this machine, not taken from a data sheet (Williams et al.,
+*Roofline*, 2009).
 """
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
+from vitnb.measure.latency import synchronize
 from vitnb.models import checkpoints
 from vitnb.models.loader import LoadedVariant
 
 
 def count_flops(config, batch_size: int, sides: tuple[int, int] | None = None) -> int:
-    """Floating-point operations of one forward: products of matrices, attention and convolution; 2 for a multiply-add.
+    """Count the floating-point operations of one forward, 2 for a multiply-add.
 
-    Counted by PyTorch on a model without memory, so that quantized variants count what they stand for. ``sides``: height
-    and width of the images in pixels; without them what the model was made for.
+    Products of matrices, attention and convolution count. PyTorch counts them on a
+    model without memory. A quantized variant counts as its unquantized model.
+
+    Args:
+        sides: height and width of the images in pixels; None: those of the config.
     """
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    settings = config.to_dict()
+    settings.pop("quantization_config", None)
+    if sides is None:
+        side = config.image_size
+        sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(
-            plain, attn_implementation="eager", dtype=torch.float32
+            type(config).from_dict(settings),
+            attn_implementation="eager",
+            dtype=torch.float32,
         ).eval()
-        if sides is None:
-            sides = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
         pixels = torch.empty(batch_size, config.num_channels, *sides)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixel_values=pixels)
     return counter.get_total_flops()
 
 
-def _best_seconds(run, on: torch.device, limit: float = 0.5) -> float:
-    """The shortest of some runs: a ceiling is what the machine can do at its best."""
-    run()  # the first may take longer than the limit
-    best, end = float("inf"), time.perf_counter() + limit
-    while best == float("inf") or time.perf_counter() < end:
-        if on.type == "cuda":
-            torch.cuda.synchronize()
+def _best_seconds(
+    run: Callable[[], object], device: torch.device, limit: float = 0.5
+) -> float:
+    """Return the shortest time of repeated runs: a peak is the machine's best.
+
+    Runs repeat for ``limit`` seconds, at least once.
+    """
+    run()  # the first run may take longer than the limit
+    best = math.inf
+    end = time.perf_counter() + limit
+    while best == math.inf or time.perf_counter() < end:
+        synchronize(device)
         begin = time.perf_counter()
         run()
-        if on.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return best
 
 
-def measure_peaks(on: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """This machine's ceilings: matmul_tflops (a large product of random matrices in ``dtype``) and copy_gbs (read + written)."""
-    side, size = (8192, 2**30) if on.type == "cuda" else (1536, 2**27)
-    a, b = (torch.randn(side, side, device=on).to(dtype) for _ in range(2))
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=on)
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure the peaks of this machine.
+
+    Returns:
+        matmul_tflops: a large product of random matrices in ``dtype``, 10^12 operations
+            a second.
+        copy_gbs: a copy in memory, 10^9 bytes read and written a second.
+    """
+    side, size = (8192, 2**30) if device.type == "cuda" else (1536, 2**27)
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    matmul_seconds = _best_seconds(lambda: a @ b, device)
+    copy_seconds = _best_seconds(lambda: target.copy_(source), device)
     return {
-        "matmul_tflops": 2 * side**3 / _best_seconds(lambda: a @ b, on) / 1e12,
-        "copy_gbs": 2 * size / _best_seconds(lambda: target.copy_(source), on) / 1e9,
+        "matmul_tflops": 2 * side**3 / matmul_seconds / 1e12,
+        "copy_gbs": 2 * size / copy_seconds / 1e9,
     }
 
 
-def measure_roofline(loaded: LoadedVariant, batch_sizes: list[int]) -> dict[str, object]:
-    """The peaks, and for each batch size the operations of a forward: {matmul_tflops, copy_gbs, flops: {size: count}}.
+def measure_roofline(
+    loaded: LoadedVariant, batch_sizes: list[int]
+) -> dict[str, object]:
+    """Measure the peaks, and count the operations of a forward at each batch size.
 
-    What a fused forward leaves out is not counted as done.
+    Operations that a fused forward leaves out do not count as done.
+
+    Returns:
+        matmul_tflops, copy_gbs: see ``measure_peaks``; flops: {batch size: operations}.
     """
-    left_out = getattr(loaded.model, "flops_left_out", lambda _: 0)
     sides = checkpoints.image_sides(loaded.processor)
-    counted = {str(size): count_flops(loaded.model.config, size, sides) - left_out(size) for size in batch_sizes}
-    return measure_peaks(loaded.device, loaded.dtype) | {"flops": counted}
+    flops = {}
+    for size in batch_sizes:
+        flops[str(size)] = count_flops(loaded.model.config, size, sides)
+        if hasattr(loaded.model, "flops_left_out"):
+            flops[str(size)] -= loaded.model.flops_left_out(size)
+    return measure_peaks(loaded.device, loaded.dtype) | {"flops": flops}

@@ -1,6 +1,8 @@
-"""Workers: fresh processes that each hold one variant or peer and answer one question at a time.
+"""Time one variant in this process, or in a process of its own.
 
-A process of its own keeps what one variant allocates, compiles or caches away from the next one's numbers.
+A ``LocalVariant`` runs in the process that made it. A ``WorkerProcess`` has the same
+methods and passes each call to a LocalVariant in a fresh process. There, no other
+variant allocates, compiles or caches.
 """
 
 import math
@@ -9,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -17,175 +21,267 @@ import torch
 
 from vitnb import devices, variants
 from vitnb.data import dataset
-from vitnb.data.splits import load_split
-from vitnb.errors import UserError, VariantError, one_line
+from vitnb.data.splits import Split, load_split
+from vitnb.errors import VariantError, as_known_error, one_line
 from vitnb.measure import latency, memory
 from vitnb.models import loader
-from vitnb.study import ROOT, Study
+from vitnb.processes import child_environment
+from vitnb.study import Study
 
-# Each thread keeps its core: where the scheduler moves them, one process can be slower than its twin for seconds on end.
-SETTINGS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+# Each thread keeps its core. Where the scheduler moves threads, one process can be
+# slower than its twin for seconds on end.
+OPENMP_SETTINGS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
-
-# The uncounted forwards of a block last at least this long: another process had the caches, and a GPU that waited for its turn
-# has slowed its clocks down.
+# The uncounted forwards of a block last at least this long. Another process had the
+# caches, and a GPU that waited for its turn has slowed its clocks down.
 LEAD_MS = 5.0
 
+WARMUP_LIMIT_SECONDS = 1.0  # before interleaved blocks, which do not depend on more
 
-class VariantServer:
-    """What runs in a worker: one loaded variant, and the questions that can be asked of it."""
 
-    def __init__(self, study: Study, variant: str, device: str | None = None):
-        on, self.cores = devices.select_device(device), os.sched_getaffinity(0)
-        self.before = memory.driver_bytes(on)
-        self.loaded = loader.load_variant(study, variants.parse(variant), on=on)
-        self.split = load_split(study, "test")
-        self.pixels: dict[int, torch.Tensor] = {}
-        self.first: dict[int, float] = {}  # by batch size: seconds of the first forward
-        self.lead: dict[int, int] = {}  # by batch size: uncounted forwards at the beginning of a block
+class LocalVariant:
+    """A loaded variant whose forwards are timed in this process.
 
-    def _batch(self, size: int) -> torch.Tensor:
+    Args:
+        split: where the images come from.
+        pixels: {batch size: pixels ready on the device}; missing sizes are read from
+            the split when they are needed.
+        bytes_before: ``memory.driver_bytes`` before the variant was loaded.
+    """
+
+    def __init__(
+        self,
+        loaded: loader.LoadedVariant,
+        split: Split,
+        pixels: dict[int, torch.Tensor] | None = None,
+        bytes_before: int = 0,
+    ):
+        self.loaded = loaded
+        self.split = split
+        self.pixels = pixels or {}
+        self.bytes_before = bytes_before
+        self.cores = os.sched_getaffinity(0)
+        self.first_seconds: dict[int, float] = {}  # of the first forward, by batch size
+        self.lead: dict[int, int] = {}  # uncounted forwards of a block, by batch size
+
+    def batch(self, size: int) -> torch.Tensor:
+        """Return ``size`` images, ready on the device."""
         if size not in self.pixels:
-            self.pixels[size] = self.loaded.prepare(dataset.first_batch(self.split, self.loaded.processor, size))
+            images = dataset.first_batch(self.split, self.loaded.processor, size)
+            self.pixels[size] = self.loaded.prepare(images)
         return self.pixels[size]
 
     def describe(self) -> dict:
-        """What was loaded; see ``Loaded.found``."""
+        """Describe the loaded variant, see ``LoadedVariant.as_record``."""
         return self.loaded.as_record()
 
-    def prepare(self, batch_size: int) -> None:
-        """The first forward at a batch size, which may compile: on every core, as a compiler's processes inherit them."""
-        if batch_size in self.first:
+    def first_forward(self, batch_size: int) -> None:
+        """Run the first forward at a batch size, which may compile, on every core.
+
+        A compiler's processes inherit the cores of the process that starts them.
+        """
+        if batch_size in self.first_seconds:
             return
-        mine, begin = os.sched_getaffinity(0), time.perf_counter()
+        bound, begin = os.sched_getaffinity(0), time.perf_counter()
         os.sched_setaffinity(0, self.cores)
         try:
             with self.loaded.inference() as model:
-                latency.time_host(self.loaded, model, self._batch(batch_size))
+                latency.time_host(self.loaded, model, self.batch(batch_size))
         finally:
-            os.sched_setaffinity(0, mine)
-        self.first[batch_size] = time.perf_counter() - begin
+            os.sched_setaffinity(0, bound)
+        self.first_seconds[batch_size] = time.perf_counter() - begin
 
     def warm_up(self, batch_size: int) -> dict:
-        """Forwards until the time is stable, or for a second: the turns that follow do not depend on it. See ``latency.warm_up``.
+        """Run forwards until their time is stable, but not much longer than a second.
 
-        Also first_seconds, the first forward at this batch size, what is compiled or captured for it included (beside other
-        processes that do the same); and which engine runs now.
+        Returns:
+            forwards, seconds, stable: see ``latency.warm_up``.
+            first_seconds: the first forward at this batch size, compilation and capture
+                included. Other processes may do the same at that time.
+            engine_ran, engine_reason: the engine that runs now, and why.
         """
-        self.prepare(batch_size)
-        pixels = self._batch(batch_size)
+        self.first_forward(batch_size)
+        pixels = self.batch(batch_size)
         with self.loaded.inference() as model:
-            found = latency.warm_up(lambda: latency.time_host(self.loaded, model, pixels), limit=1.0)
-            typical = np.median([latency.time_host(self.loaded, model, pixels) for _ in range(latency.WINDOW_FORWARDS)])
+
+            def forward() -> float:
+                return latency.time_host(self.loaded, model, pixels)
+
+            warmed = latency.warm_up(forward, WARMUP_LIMIT_SECONDS)
+            typical = np.median([forward() for _ in range(latency.WINDOW_FORWARDS)])
         self.lead[batch_size] = math.ceil(LEAD_MS / typical)
         engine = self.loaded.engine
-        return found | {
-            "first_seconds": round(self.first[batch_size], 3),
+        return warmed | {
+            "first_seconds": round(self.first_seconds[batch_size], 3),
             "engine_ran": engine.ran,
             "engine_reason": engine.reason,
         }
 
-    def block(self, batch_size: int, forwards: int) -> list[float]:
-        """Milliseconds of some forwards in a row, after some that are not counted: one, or as many as last LEAD_MS."""
-        pixels, lead = self._batch(batch_size), self.lead.get(batch_size, 1)
+    def time_block(self, batch_size: int, forwards: int) -> list[float]:
+        """Time some forwards in a row, in milliseconds each.
+
+        Uncounted forwards go ahead: one, or after a warm-up as many as last LEAD_MS.
+        """
+        pixels, lead = self.batch(batch_size), self.lead.get(batch_size, 1)
         with self.loaded.inference() as model:
-            return latency.time_device(self.loaded, model, pixels, lead + forwards)[lead:]
+            times = latency.time_device(self.loaded, model, pixels, lead + forwards)
+        return times[lead:]
 
-    def memory(self, batch_sizes: list[int]) -> list[dict]:
-        """Peaks of memory at each batch size, smallest first, as a peak never falls; see ``memory.peaks``."""
-        return [memory.peak_memory(self.loaded, self._batch(size), self.before) for size in sorted(batch_sizes)]
+    def measure_memory(self, batch_sizes: list[int]) -> list[dict[str, int]]:
+        """Measure the peaks of memory at each batch size, see ``memory.peak_memory``.
+
+        The smallest batch size comes first, as a peak never falls.
+        """
+        return [
+            memory.peak_memory(self.loaded, self.batch(size), self.bytes_before)
+            for size in sorted(batch_sizes)
+        ]
 
 
-def serve(pipe: Connection, bound: set[int]) -> None:
-    """Answer questions until the pipe closes, on the cores ``bound`` once the variant is loaded.
+def load_local_variant(
+    study: Study, name: str, device: str | None = None
+) -> LocalVariant:
+    """Load a variant of a study, with images of the test split to time it with."""
+    on = devices.select_device(device)
+    bytes_before = memory.driver_bytes(on)
+    loaded = loader.load_variant(study, variants.parse(name), on=on)
+    split = load_split(study, "test")
+    return LocalVariant(loaded, split, bytes_before=bytes_before)
 
-    A user's error goes back as what it is, any other in one line.
+
+def serve(pipe: Connection, bound_cores: set[int]) -> None:
+    """Answer calls until the pipe closes.
+
+    The first message is (function, arguments): how to load the object to serve. Every
+    later message is (method, options), and is answered by (error type, value). An
+    error's value is its message in one line, see ``as_known_error``.
+
+    Args:
+        bound_cores: the cores to run on once the object is loaded.
     """
-    for name in SETTINGS:  # the OpenMP runtime here has read them; that of a process which a compiler starts must not
+    # The OpenMP runtime has read them. The processes that a compiler starts must not.
+    for name in OPENMP_SETTINGS:
         os.environ.pop(name, None)
-    asked, held = None, None
-    while True:
-        try:
-            asked = asked or pipe.recv()  # first of all, which bench, of what
-            name, options = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            if held is None:
-                bench, arguments = asked
-                held = bench(*arguments)
-                os.sched_setaffinity(0, bound)
-            answer = (None, getattr(held, name)(**options))
-        except (UserError, VariantError) as error:
-            answer = (type(error), one_line(error))
-        except torch.OutOfMemoryError as error:
-            answer = (VariantError, f"out of memory: lower batch_size ({one_line(error)[:80]})")
-        except Exception as error:
-            answer = (VariantError, f"{type(error).__name__}: {one_line(error)}")
-        pipe.send(answer)
+    served = None
+    with suppress(
+        EOFError, BrokenPipeError, ConnectionResetError
+    ):  # the other end left
+        load, arguments = pipe.recv()
+        while True:
+            method, options = pipe.recv()
+            try:
+                if served is None:
+                    served = load(*arguments)
+                    os.sched_setaffinity(0, bound_cores)
+                answer = (None, getattr(served, method)(**options))
+            except Exception as error:
+                known = as_known_error(error)
+                answer = (type(known), one_line(known))
+            pipe.send(answer)
 
 
-def _start() -> tuple[subprocess.Popen, Connection]:
-    """A new interpreter, not a fork: a fork would inherit what this process has allocated and started."""
+def _start_interpreter() -> tuple[subprocess.Popen, Connection]:
+    """Start a worker's interpreter, and return its process and our end of the pipe.
+
+    A fork would inherit memory and threads of this process; a new interpreter does not.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
-        python_path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        descriptor = theirs.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-m", "vitnb.measure.worker_main", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=SETTINGS | os.environ | {"PYTHONPATH": python_path},
+            [sys.executable, "-m", "vitnb.measure.worker_main", str(descriptor)],
+            pass_fds=[descriptor],
+            env=child_environment(**OPENMP_SETTINGS),
             stdout=subprocess.DEVNULL,
         )
     return process, Connection(ours.detach())
 
 
-_ahead: list[tuple[subprocess.Popen, Connection]] = []
+_prewarmed: list[tuple[subprocess.Popen, Connection]] = []
 
 
 def prewarm() -> None:
-    """Start the interpreter of the next ``Worker`` now: its imports take seconds, in which this process does something else."""
-    if not _ahead:
-        _ahead.append(_start())
+    """Start the interpreter of the next WorkerProcess now.
+
+    Its imports take seconds, in which this process can do something else.
+    """
+    if not _prewarmed:
+        _prewarmed.append(_start_interpreter())
 
 
 class WorkerProcess:
-    """A variant in a process of its own. ``with Worker(study, "nf4-sdpa") as worker: worker.ask("warm_up", batch_size=1)``.
+    """A variant in a process of its own, with the methods of a LocalVariant.
 
-    ``bench``: what runs there, ``Bench`` or something like it that can be imported.
+    Example:
+        with WorkerProcess(study, "nf4-sdpa") as worker:
+            worker.warm_up(batch_size=1)
+
+    Args:
+        load: makes the object that the process serves, from (study, name, device). It
+            must be importable by name.
     """
 
-    def __init__(self, study: Study, variant: str, device: str | None = None, bench: type = VariantServer):
-        self.variant = variant
-        self._process, self._pipe = _ahead.pop() if _ahead else _start()
-        self._pipe.send((bench, (study, variant, device)))
+    def __init__(
+        self,
+        study: Study,
+        name: str,
+        device: str | None = None,
+        load: Callable = load_local_variant,
+    ):
+        self.name = name
+        self._process, self._pipe = (
+            _prewarmed.pop() if _prewarmed else _start_interpreter()
+        )
+        with suppress(BrokenPipeError):  # the first call says that the process died
+            self._pipe.send((load, (study, name, device)))
 
-    def send(self, name: str, **options) -> None:
-        """Ask without waiting for the answer; ``receive`` takes it."""
+    def send(self, method: str, **options) -> None:
+        """Call a method in the process without waiting; ``receive`` takes the answer.
+
+        Raises:
+            VariantError: the process died.
+        """
         try:
-            self._pipe.send((name, options))
+            self._pipe.send((method, options))
         except BrokenPipeError:
-            self._died()
-
-    def _died(self) -> NoReturn:
-        raise VariantError(
-            f"the process of {self.variant} died (exit code {self._process.wait()}), most likely out of memory: "
-            "lower batch_size, or close other programs"
-        ) from None
+            self._raise_died()
 
     def receive(self):
-        """The answer to the last question. Raises what it raised there; VariantError if the process died."""
+        """Return the answer to the last call.
+
+        Raises:
+            UserError, VariantError: the error of the call, or the process died.
+        """
         try:
             error, answer = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._died()
+            self._raise_died()
         if error:
             raise error(answer)
         return answer
 
-    def ask(self, name: str, **options):
-        """Call the method ``name`` of the bench there and return what it returns."""
-        self.send(name, **options)
+    def call(self, method: str, **options):
+        """Call a method in the process, and return its answer."""
+        self.send(method, **options)
         return self.receive()
+
+    def warm_up(self, batch_size: int) -> dict:
+        """Run forwards until their time is stable, see ``LocalVariant.warm_up``."""
+        return self.call("warm_up", batch_size=batch_size)
+
+    def time_block(self, batch_size: int, forwards: int) -> list[float]:
+        """Time some forwards in a row, see ``LocalVariant.time_block``."""
+        return self.call("time_block", batch_size=batch_size, forwards=forwards)
+
+    def measure_memory(self, batch_sizes: list[int]) -> list[dict[str, int]]:
+        """Measure the peaks of memory, see ``LocalVariant.measure_memory``."""
+        return self.call("measure_memory", batch_sizes=batch_sizes)
+
+    def _raise_died(self) -> NoReturn:
+        raise VariantError(
+            f"the process of {self.name} died (exit code {self._process.wait()}), "
+            "most likely out of memory: lower batch_size, or close other programs"
+        ) from None
 
     def __enter__(self):
         return self
@@ -195,7 +291,13 @@ class WorkerProcess:
         self._process.wait()
 
 
-def measure_memory(study, variant: str, batch_sizes: list[int], device: str | None = None) -> list[dict[str, int]]:
-    """``peaks`` of one variant at each batch size, in a fresh process of its own: nothing else is in the numbers."""
-    with WorkerProcess(study, variant, device) as worker:
-        return worker.ask("memory", batch_sizes=batch_sizes)
+def measure_memory(
+    study: Study, name: str, batch_sizes: list[int], device: str | None = None
+) -> list[dict[str, int]]:
+    """Measure the peaks of a variant's memory at each batch size, in a fresh process.
+
+    Returns:
+        A row for each batch size, smallest first, see ``memory.peak_memory``.
+    """
+    with WorkerProcess(study, name, device) as worker:
+        return worker.measure_memory(batch_sizes)

@@ -1,31 +1,36 @@
-"""Fresh: how the interpreter of a worker starts, free to use every core until its variant is loaded.
+"""Start the interpreter of a worker process, on every core until its variant is loaded.
 
-The OpenMP runtime binds the first thread of every process to the first core as soon as it is loaded, and PyTorch loads it at the
-beginning of its import. Left there, the processes of a comparison would import one after the other, on that one core.
+The OpenMP runtime binds the first thread of a process to the first core as soon as it
+is loaded, and the import of PyTorch begins with it. Without a remedy, the processes of
+a comparison would all import on that one core, one after the other.
 """
 
 import ctypes
 import os
+import signal
 import sys
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from vitnb.measure import worker
-
 
 def load_openmp() -> None:
-    """Load the OpenMP runtime that PyTorch's wheels bring, without the rest of PyTorch; where there is none, do nothing."""
+    """Load the OpenMP runtime of PyTorch's wheels alone, if there is one."""
     for folder in find_spec("torch").submodule_search_locations:
         for path in Path(folder, "lib").glob("libgomp*"):
             ctypes.CDLL(str(path))
 
 
-def unbound() -> set[int]:
-    """Import PyTorch on all the cores that this process has, and return those that OpenMP binds its first thread to."""
+def load_torch() -> None:
+    """Import PyTorch, which brings an OpenMP runtime from elsewhere if it has to."""
+    import_module("torch")
+
+
+def import_torch_on_all_cores() -> set[int]:
+    """Import PyTorch on all cores; return those that OpenMP bound this thread to."""
     cores = bound = os.sched_getaffinity(0)
-    for load in (load_openmp, lambda: import_module("torch")):  # an OpenMP from elsewhere comes with the second
+    for load in (load_openmp, load_torch):
         load()
         if (now := os.sched_getaffinity(0)) != cores:
             bound = now
@@ -34,8 +39,11 @@ def unbound() -> set[int]:
 
 
 def main(descriptor: int) -> None:
-    """Serve the pipe that this interpreter inherited; see ``workers.serve``."""
-    bound = unbound()
+    """Serve the pipe that this interpreter has inherited, see ``worker.serve``."""
+    # Ctrl-C ends a worker at once, without a trace of its own on the screen.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    bound = import_torch_on_all_cores()
+    from vitnb.measure import worker  # late: the module imports PyTorch
 
     worker.serve(Connection(descriptor), bound)
 

@@ -1,113 +1,228 @@
-"""Layer sensitivity, in both directions: keep one part in 16 bits and quantize the rest, or quantize one part alone.
+"""Layer sensitivity: how far a model's answers move when one part of it is quantized.
 
-How far the answers move is the KL divergence to full precision, on the same images for every configuration. All run on one
-loaded model (see ``switchboard``); what a killed run has measured is not measured again (see ``unfinished``).
+Each part is measured in two directions: kept in 16 bits while the rest is quantized,
+and quantized alone. The distance is the KL divergence to full precision. All
+configurations run on one loaded model and on the same images (see ``switchable``).
+A run that was killed continues from what it has measured (see ``records.resume``).
 """
 
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
+from vitnb import devices
 from vitnb.analysis import sensitivity
 from vitnb.data.splits import Split
 from vitnb.errors import UserError
-from vitnb.mixed_precision import switchable
-from vitnb.mixed_precision.switchable import PLAIN, CachedEvaluator, SwitchableModel
+from vitnb.mixed_precision.switchable import (
+    UNQUANTIZED,
+    CachedEvaluator,
+    ReferenceAnswers,
+    SwitchableModel,
+    reference_answers,
+)
 from vitnb.models import checkpoints, layers
-from vitnb.models.layers import linear_kinds, transformer_blocks
 from vitnb.models.loader import LoadedVariant
 from vitnb.records.resume import ResumeCache
 
 BY = ("layer", "linear")
 
 
-def parts(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
-    """What is kept, or quantized, in turn: {name: prefixes of the Linears under it}.
+@dataclass(frozen=True)
+class Configuration:
+    """A choice of the Linears to quantize.
 
-    ``by``: ``layer``, every block; or ``linear``, besides every kind of Linear (``every q``) and every single one (``singles``).
-    Raises UserError for another word.
+    name: name in the record.
+    bits: width of the quantized Linears, 4 or 8.
+    kept: prefixes of the Linears that stay in 16 bits.
+    direction: ``keep`` starts from the quantized model and keeps little, ``only``
+        starts from the 16-bit model and quantizes little.
+    """
+
+    name: str
+    bits: int
+    kept: tuple[str, ...]
+    direction: Literal["keep", "only"]
+
+
+def parts(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
+    """Return the parts to keep or to quantize in turn: {name: prefixes of its Linears}.
+
+    Args:
+        model: a Vision Transformer.
+        by: ``layer``: every block. ``linear``: besides, every kind of Linear
+            (``every q``) and every single Linear.
+
+    Raises:
+        UserError: another value of ``by``.
     """
     if by not in BY:
         raise UserError(f"by must be {' or '.join(BY)}, got '{by}'")
-    blocks = transformer_blocks(model)
-    found = {f"layer {i}": [block] for i, block in enumerate(blocks)}
+    blocks = layers.transformer_blocks(model)
+    chosen = {f"layer {i}": [block] for i, block in enumerate(blocks)}
     if by == "linear":
-        found |= {f"every {kind}": names for kind, names in linear_kinds(model).items()} | single_linears(model)
-    return found
+        for kind, names in layers.linear_kinds(model).items():
+            chosen[f"every {kind}"] = names
+        chosen |= single_linears(model)
+    return chosen
 
 
 def single_linears(model: nn.Module) -> dict[str, list[str]]:
-    """Every Linear but the head as a part of its own, block by block: ``layer 0 q`` and so on.
+    """Return every Linear but the head as a part of its own: {name: [full name]}.
 
-    Then those that lie in no block, as Swin's between its stages: ``outside``, and their full name.
+    Linears of a block are called ``layer 0 q`` and so on, block by block. Linears
+    outside the blocks, as between the stages of Swin, follow under their full names.
     """
-    blocks, of_kind = transformer_blocks(model), linear_kinds(model)
-    found = {
-        f"layer {i} {kind}": [name]
-        for i, block in enumerate(blocks) for kind, names in of_kind.items() for name in names if name.startswith(f"{block}.")
-    }  # fmt: skip
-    inside = {name for (name,) in found.values()}
-    return found | {sensitivity.OUTSIDE + name: [name] for name in layers.quantizable(model) if name not in inside}
+    kinds = layers.linear_kinds(model)
+    chosen = {}
+    for i, block in enumerate(layers.transformer_blocks(model)):
+        for kind, names in kinds.items():
+            for name in names:
+                if name.startswith(f"{block}."):
+                    chosen[f"layer {i} {kind}"] = [name]
+    inside = {name for (name,) in chosen.values()}
+    for name in layers.quantizable(model):
+        if name not in inside:
+            chosen[sensitivity.OUTSIDE + name] = [name]
+    return chosen
+
+
+def list_configurations(
+    model: nn.Module, bits: list[int], by: str = "layer"
+) -> list[Configuration]:
+    """Return every configuration, width by width, in the order of the record's rows.
+
+    At each width: none kept, all kept, first and last block kept, every part kept in
+    turn, and all but one part kept in turn.
+    """
+    blocks = layers.transformer_blocks(model)
+    every = list(layers.quantizable(model))
+    kept_parts = parts(model, by)
+    listed = []
+    for width in bits:
+        listed += [
+            Configuration("none", width, (), "keep"),
+            Configuration("all", width, tuple(every), "only"),
+            Configuration("first and last", width, (blocks[0], blocks[-1]), "keep"),
+        ]
+        for part, prefixes in kept_parts.items():
+            listed.append(Configuration(part, width, tuple(prefixes), "keep"))
+        for part, prefixes in kept_parts.items():
+            others = tuple(name for name in every if not _is_under(name, prefixes))
+            name = sensitivity.ONLY + part
+            listed.append(Configuration(name, width, others, "only"))
+    return listed
+
+
+def _is_under(name: str, prefixes: list[str]) -> bool:
+    """Tell whether a module is one of some others or lies inside one of them."""
+    return any(name == one or name.startswith(f"{one}.") for one in prefixes)
 
 
 def configurations(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
-    """What stays in 16 bits in each: none, all, first and last, every part in turn, and all but each part in turn."""
-    blocks, every = transformer_blocks(model), list(layers.quantizable(model))
-    found = {"none": [], "all": every, "first and last": [blocks[0], blocks[-1]]} | parts(model, by)
-    for part, prefixes in parts(model, by).items():
-        under = tuple(f"{prefix}." for prefix in prefixes)
-        found[sensitivity.ONLY + part] = [name for name in every if name not in prefixes and not name.startswith(under)]
-    return found
+    """Return what each configuration keeps in 16 bits: {name: prefixes}.
+
+    Names and prefixes do not depend on the width.
+    """
+    return {one.name: list(one.kept) for one in list_configurations(model, [4], by)}
 
 
 def measure_sensitivity(
     loaded: LoadedVariant,
     split: Split,
     bits: list[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     by: str = "layer",
     folder: Path | None = None,
 ) -> list[dict]:
-    """Top-1 and KL to full precision of every configuration, on the same images.
+    """Measure top-1 and KL to full precision of every configuration.
+
+    All configurations answer the same images. A line is printed for each.
 
     Args:
-        loaded: the full-precision variant; it is changed to ``dtype``, the 16-bit type.
+        loaded: the full-precision variant; its model is changed in place.
+        split: images to answer.
         bits: 4, 8 or both.
+        dtype: compute type; None: see ``devices.compute_dtype``.
         by: see ``parts``.
-        folder: where each finished configuration is kept until the record is written; None: nowhere.
+        folder: where finished configurations wait until the record is written; None:
+            nowhere.
 
     Returns:
-        one row a configuration: bits, kept (its name), linears_quantized, linears_kept, top1, kl (mean), and raw by
-        image: predicted and kl_by_image.
+        One row for full precision and one for each configuration: bits, kept (its
+        name), linears_quantized, linears_kept, top1, kl (mean, nats), and for each
+        image predicted and kl_by_image.
     """
-    choices = configurations(loaded.model, by)
-    images, board = switchable.reference_answers(loaded, split), SwitchableModel(loaded.model, bits, dtype)
-    done = resume_cache(loaded, images, dtype, folder)
-    rows = [{"bits": 32, "kept": "full precision", "linears_quantized": 0, "linears_kept": loaded.linears_kept}]
-    rows[0] |= images.scores(images.reference)
-    found = {}
-    for base, several in [*((width, [width]) for width in bits), (PLAIN, bits)]:
-        # One walk after the other: the outputs under a base are held for all images.
-        walk = CachedEvaluator(board, loaded, images, base)
-        for width, name in product(several, choices):
-            if (base == PLAIN) != (name == "all" or name.startswith(sensitivity.ONLY)):
-                continue
-            widths = dict.fromkeys(board.plain, width) | dict.fromkeys(board.names(choices[name]), PLAIN)
-            row = done.get(lambda walk=walk, widths=widths: walk.ask(widths), widths=widths)
-            found[width, name] = {"bits": width, "kept": name} | row
-            print(f"{width}-bit, kept: {name:20s} top-1 {row['top1']:.4f}  KL {row['kl']:.5f}", flush=True)
-    rows += [found[width, name] for width in bits for name in choices]
-    if done.found_before:
-        print(f"{done.found_before} of {len(found)} were there from a run that had been ended", flush=True)
-    board.restore()
-    return rows
+    dtype = dtype or devices.compute_dtype(loaded.device)
+    images = reference_answers(loaded, split)
+    switchable = SwitchableModel(loaded.model, bits, dtype)
+    cache = resume_cache(loaded, images, dtype, folder)
+    listed = list_configurations(loaded.model, bits, by)
+    rows: dict[Configuration, dict] = {}
+
+    # One evaluator at a time: each stores the outputs of all blocks for all images.
+    for width in bits:
+        evaluator = CachedEvaluator(switchable, loaded, images, base=width)
+        for one in listed:
+            if one.direction == "keep" and one.bits == width:
+                rows[one] = _measure(one, evaluator, cache)
+
+    evaluator = CachedEvaluator(switchable, loaded, images, base=UNQUANTIZED)
+    for one in listed:
+        if one.direction == "only":
+            rows[one] = _measure(one, evaluator, cache)
+
+    if cache.found_before:
+        print(
+            f"{cache.found_before} of {len(rows)} were there "
+            "from a run that had been ended",
+            flush=True,
+        )
+    switchable.restore()
+    full_precision = {
+        "bits": 32,
+        "kept": "full precision",
+        "linears_quantized": 0,
+        "linears_kept": loaded.linears_kept,
+    }
+    first = full_precision | images.scores(images.reference)
+    return [first] + [rows[one] for one in listed]
 
 
-def resume_cache(loaded: LoadedVariant, images: switchable.ReferenceAnswers, dtype: torch.dtype, folder: Path | None) -> ResumeCache:
-    """The store of what is found of a model on some images: it depends on weights, pixels, device and 16-bit type."""
+def _measure(
+    configuration: Configuration, evaluator: CachedEvaluator, cache: ResumeCache
+) -> dict:
+    """Return the row of one configuration, read from the cache where it has one."""
+    switchable = evaluator.switchable
+    widths = dict.fromkeys(switchable.linears, configuration.bits)
+    for name in switchable.linears_under(configuration.kept):
+        widths[name] = UNQUANTIZED
+    scores = cache.get(lambda: evaluator.evaluate(widths), widths=widths)
+    print(
+        f"{configuration.bits}-bit, kept: {configuration.name:20s} "
+        f"top-1 {scores['top1']:.4f}  KL {scores['kl']:.5f}",
+        flush=True,
+    )
+    return {"bits": configuration.bits, "kept": configuration.name} | scores
+
+
+def resume_cache(
+    loaded: LoadedVariant,
+    images: ReferenceAnswers,
+    dtype: torch.dtype,
+    folder: Path | None,
+) -> ResumeCache:
+    """Return the store of one model's measurements on some images.
+
+    Whatever changes weights, pixels, device or compute type starts it anew.
+    """
     return ResumeCache(
-        folder, checkpoint=checkpoints.fingerprint(loaded.folder) if folder else "", images=images.digest,
-        device=loaded.device.type, dtype=str(dtype),
-    )  # fmt: skip
+        folder,
+        checkpoint=checkpoints.fingerprint(loaded.folder) if folder else "",
+        images=images.digest,
+        device=loaded.device.type,
+        dtype=str(dtype),
+    )

@@ -1,13 +1,19 @@
-"""A budget of bytes: what to keep in 16 or 8 bits, and what chance would have kept for as many bytes.
+"""The choice of Linears to keep in 16 or 8 bits within a budget of bytes: a knapsack.
 
-The model of errors: KL is a quadratic form in small errors of the logits, so what several Linears cost together is what each costs
-by itself and a mixed term of each pair. A Linear quantized alone shows its own term; kept alone among quantized ones, its own
-and all its mixed terms. The mean of the two directions gives half of a mixed term to either Linear of the pair, so that these
-shares add up to the KL of uniform NF4 (in a quadratic game this is the Shapley value: L. S. Shapley, 1953). It is an approximation, which
-the measured curve is there to check; and mixed terms are noisy, and fewer the more is kept. So what own terms alone would choose
-is measured, too, and the better of the two is taken.
+We approximate KL as a quadratic form in the small errors of the logits. Several
+quantized Linears then cost the sum of their own terms, and one mixed term for each
+pair. Two measurements of a Linear tell its terms. Quantized alone, the Linear shows its
+own term. Kept alone among quantized Linears, the Linear shows its own term and all its
+mixed terms. The mean of both measurements gives each Linear half of its mixed terms.
+These shares add up to the KL of uniform NF4. In a quadratic game a share is the Shapley
+value (L. S. Shapley, A Value for n-Person Games, 1953).
 
-A Linear in 8 bits is taken to cost the share of its 4-bit KL that uniform int8 costs of uniform NF4's: one measured ratio for all.
+The measured curve of KL against bytes checks this approximation. Mixed terms are noisy,
+and a plan that keeps many Linears has few of them. So ``search`` also solves the
+knapsack with own terms only, measures both choices and takes the better one.
+
+A Linear in 8 bits costs a fixed share of its 4-bit KL. The share is one measured ratio
+for all Linears: the KL of uniform int8 over the KL of uniform NF4.
 """
 
 from dataclasses import dataclass
@@ -16,91 +22,152 @@ import numpy as np
 
 from vitnb.errors import UserError
 
-STEPS = 16_384  # the budget is divided into as many steps; costs are rounded up to them
-
-
-TOLERANCE = 0.01  # of all bytes: how many fewer than the plan's a random plan may hold
-
-
-DRAWS = 2_000
+NF4_BITS = 4  # bits of a Linear that the plan does not name
+STEPS = 16_384  # the budget has this many steps; costs are rounded up to whole steps
+TOLERANCE = (
+    0.01  # a random plan may hold fewer bytes than the plan by this share of all
+)
+DRAWS = 2_000  # attempts to draw random plans
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the choice is made from.
+    """What quantizing a Linear costs in nats, and what keeping a Linear costs in bytes.
 
-    kl: nats that each Linear costs in NF4, by the model above; left: share of these that remains at a width ({16: 0.0, 8: ...});
-    extra: {bits: {Linear: bytes beyond NF4}}; plain_kl: KL with nothing quantized; uniform_bytes: of the whole model in NF4.
+    kl: nats that each Linear costs in NF4: {full name: nats}.
+    remaining_share: share of these nats that remains at a width: {16: 0.0, 8: ...}.
+    extra: bytes beyond NF4: {bits: {full name: bytes}}.
+    plain_kl: KL in nats of the model with nothing quantized.
+    uniform_bytes: bytes of the whole model in NF4.
     """
 
     kl: dict[str, float]
-    left: dict[int, float]
+    remaining_share: dict[int, float]
     extra: dict[int, dict[str, int]]
     plain_kl: float
     uniform_bytes: int
 
     def predicted(self, widths: dict[str, int]) -> float:
-        """KL of the model with ``widths``, all other Linears in NF4."""
-        return self.plain_kl + sum(kl * self.left.get(widths.get(name, 4), 1.0) for name, kl in self.kl.items())
+        """Return the predicted KL in nats of ``widths``, all other Linears in NF4."""
+        total = self.plain_kl
+        for name, kl in self.kl.items():
+            bits = widths.get(name, NF4_BITS)
+            total += kl if bits == NF4_BITS else kl * self.remaining_share[bits]
+        return total
 
     def bytes(self, widths: dict[str, int]) -> int:
-        """Bytes of ``widths`` beyond uniform NF4."""
+        """Return the bytes of ``widths`` beyond uniform NF4."""
         return sum(self.extra[bits][name] for name, bits in widths.items())
 
     def saved(self, name: str, bits: int) -> float:
-        """Nats that keeping one Linear in ``bits`` saves."""
-        return self.kl[name] * (1 - self.left[bits])
+        """Return the nats that keeping one Linear in ``bits`` saves."""
+        return self.kl[name] * (1 - self.remaining_share[bits])
 
 
 def solve(costs: Costs, allowed: list[int], limit: int) -> dict[str, int]:
-    """The widths that save most, predicted, within ``limit`` extra bytes: {Linear: bits}; those in NF4 are left out.
+    """Return the widths with the largest predicted saving within a budget.
 
-    A multiple-choice knapsack, solved by dynamic programming over the budget: the optimum, but for costs that are rounded up to
-    1/16,384 of the budget. Linears whose quantization costs nothing measurable (0 or less) stay in NF4.
+    This is a multiple-choice knapsack, solved by dynamic programming over the budget.
+    The solution is the optimum, but for costs that are rounded up to 1/16,384 of the
+    budget.
+
+    Args:
+        costs: nats and bytes of every Linear.
+        allowed: widths that a Linear may be kept in, of 8 and 16.
+        limit: bytes allowed beyond uniform NF4.
+
+    Returns:
+        {full name: bits}, without Linears in NF4. Linears whose quantization costs no
+        KL (0 or less) stay in NF4.
     """
     if limit <= 0:
         return {}
     step = limit / STEPS
-    best, picks = np.zeros(STEPS + 1), []
+    best = np.zeros(STEPS + 1)  # nats saved by the Linears so far, for each budget
+    picks = []  # for each Linear its bits, for each budget
     for name in costs.kl:
-        pick, better = np.full(STEPS + 1, 4, dtype=np.int8), best
+        better = best
+        pick = np.full(STEPS + 1, NF4_BITS, dtype=np.int8)
         for bits in allowed:
-            need, gain = int(np.ceil(costs.extra[bits][name] / step)), costs.saved(name, bits)
+            need = _steps(costs.extra[bits][name], step)
+            gain = costs.saved(name, bits)
             if gain > 0 and need <= STEPS:
-                kept = np.concatenate([np.full(need, -np.inf), best[: STEPS + 1 - need] + gain])
-                better, pick = np.where(kept > better, kept, better), np.where(kept > better, np.int8(bits), pick)
+                unaffordable = np.full(need, -np.inf)
+                with_it = np.append(unaffordable, best[: STEPS + 1 - need] + gain)
+                pick = np.where(with_it > better, np.int8(bits), pick)
+                better = np.maximum(with_it, better)
         best = better
         picks.append(pick)
-    at, found = STEPS, {}
+    return _trace_back(costs, picks, step)
+
+
+def _steps(size: int, step: float) -> int:
+    """Return the number of budget steps that some bytes take, rounded up."""
+    return int(np.ceil(size / step))
+
+
+def _trace_back(costs: Costs, picks: list[np.ndarray], step: float) -> dict[str, int]:
+    """Follow the picks from the full budget back to the first Linear."""
+    remaining = STEPS
+    widths = {}
     for name, pick in reversed(list(zip(costs.kl, picks, strict=True))):
-        if (bits := int(pick[at])) != 4:
-            found[name] = bits
-            at -= int(np.ceil(costs.extra[bits][name] / step))
-    return dict(reversed(found.items()))
+        bits = int(pick[remaining])
+        if bits != NF4_BITS:
+            widths[name] = bits
+            remaining -= _steps(costs.extra[bits][name], step)
+    return dict(reversed(widths.items()))
 
 
 def random_plans(
     costs: Costs, allowed: list[int], plan: dict[str, int], count: int, seed: int = 0
 ) -> list[dict[str, int]]:
-    """Plans of the same bytes that chance made: Linears in random order, each in a random one of ``allowed``, while they fit.
+    """Draw random plans of the same bytes as a plan.
 
-    None holds more bytes than ``plan``, nor fewer by over 1% of the whole model; all differ from it and from each other. Fewer than
-    ``count`` where so many cannot be found. Raises UserError if there is none at all.
+    Linears come in random order, each in a random allowed width, while they fit. No
+    random plan holds more bytes than ``plan``, nor fewer by over 1% of the whole model.
+    All differ from ``plan`` and from each other.
+
+    Args:
+        costs: bytes of every Linear.
+        allowed: widths that a Linear may be kept in.
+        plan: the plan to compare with, {full name: bits}.
+        count: number of plans to draw.
+        seed: seed of the random numbers.
+
+    Returns:
+        ``count`` plans, fewer where the attempts give fewer.
+
+    Raises:
+        UserError: not one plan was drawn.
     """
-    limit, generator = costs.bytes(plan), np.random.default_rng(seed)
+    limit = costs.bytes(plan)
     fewest = limit - TOLERANCE * (costs.uniform_bytes + limit)
-    names, found = list(costs.kl), []
+    generator = np.random.default_rng(seed)
+    drawn = []
     for _ in range(DRAWS):
-        widths, left = {}, limit
-        for name in generator.permutation(names).tolist():
-            bits = int(generator.choice(allowed))
-            if costs.extra[bits][name] <= left:
-                widths[name] = bits
-                left -= costs.extra[bits][name]
-        if limit - left >= fewest and widths != plan and widths not in found:
-            found.append(widths)
-        if len(found) == count:
+        widths = _draw(costs, allowed, limit, generator)
+        large = costs.bytes(widths) >= fewest
+        if large and widths != plan and widths not in drawn:
+            drawn.append(widths)
+        if len(drawn) == count:
             break
-    if not found:
-        raise UserError("no other choice holds as many bytes as this plan: take another budget")
-    return found
+    if not drawn:
+        raise UserError(
+            "no other choice holds as many bytes as this plan: take another budget"
+        )
+    return drawn
+
+
+def _draw(
+    costs: Costs, allowed: list[int], limit: int, generator: np.random.Generator
+) -> dict[str, int]:
+    """Fill ``limit`` bytes with random Linears in random allowed widths."""
+    widths = {}
+    remaining = limit
+    for name in generator.permutation(list(costs.kl)).tolist():
+        bits = int(generator.choice(allowed))
+        size = costs.extra[bits][name]
+        if size <= remaining:
+            widths[name] = bits
+            remaining -= size
+    return widths

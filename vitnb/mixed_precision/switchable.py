@@ -1,11 +1,12 @@
-"""The switchboard: one loaded model whose Linears change, in place, between 16 bits and their quantized twins.
+"""A switchable model: Linears that change in place between 16, 8 and 4 bits.
 
-Every Linear gets a twin for each width; a configuration is a choice of widths, and no model is loaded twice. What several
-configurations share with one *base*, the blocks before the first Linear that differs from it, is computed once.
+Every Linear gets one quantized copy for each width. A configuration is a choice of
+widths, and no model is loaded twice. Most configurations differ from one *base* width
+in few Linears. The blocks before the first changed Linear are then computed once.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,20 +19,19 @@ from vitnb.data.splits import Split
 from vitnb.errors import UserError, VariantError
 from vitnb.measure import accuracy
 from vitnb.models import layers, quantization
-from vitnb.models.layers import transformer_blocks
 from vitnb.models.loader import LoadedVariant
 
 BATCH_SIZE = 128
-
-
-PLAIN = 16  # bits of a Linear that is not quantized
+UNQUANTIZED = 16  # bits of a Linear that is not quantized
 
 
 @dataclass
 class ReferenceAnswers:
-    """What every configuration answers: the images of one split, and what the full-precision model says of them.
+    """Images of one split with the answers of the full-precision model.
 
-    pixels: batches of float32 [batch, 3, height, width]; labels: int64 [images], or none; reference: float64 [images, classes];
+    pixels: batches of float32 [batch, 3, height, width].
+    labels: int64 [images], empty for a split without labels.
+    reference: logits of the full-precision model, float64 [images, classes].
     digest: SHA-256 of pixels and labels.
     """
 
@@ -41,75 +41,137 @@ class ReferenceAnswers:
     digest: str
 
     def scores(self, logits: torch.Tensor) -> dict:
-        """top1 (None without labels), kl (mean, nats), and raw by image: predicted and kl_by_image."""
-        divergence, predicted = accuracy.kl_divergence(self.reference, logits), logits.argmax(-1)
+        """Compare logits [images, classes] with the labels and the reference.
+
+        Returns:
+            top1 (None without labels), kl (mean, nats), and for each image predicted
+            and kl_by_image.
+        """
+        divergence = accuracy.kl_divergence(self.reference, logits)
+        predicted = logits.argmax(-1)
+        top1 = None
+        if len(self.labels):
+            top1 = (predicted == self.labels).double().mean().item()
         return {
-            "top1": (predicted == self.labels).double().mean().item() if len(self.labels) else None,
+            "top1": top1,
             "kl": divergence.mean().item(),
             "predicted": predicted.tolist(),
             "kl_by_image": accuracy.round_significant(divergence),
         }
 
 
-def compute_logits(loaded: LoadedVariant, pixels: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """float64 [images, classes] on the CPU, from batches of float32 [batch, 3, height, width]."""
+def compute_logits(
+    loaded: LoadedVariant, pixels: list[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the logits of all images, float64 [images, classes] on the CPU.
+
+    Args:
+        loaded: the variant; its model computes in ``dtype``.
+        pixels: batches of float32 [batch, 3, height, width].
+        dtype: type of the model's weights and inputs.
+    """
+    logits = []
     with loaded.inference() as model:
-        return torch.cat([model(pixel_values=batch.to(loaded.device, dtype)).logits.double().cpu() for batch in pixels])
+        for batch in pixels:
+            inputs = batch.to(loaded.device, dtype)
+            logits.append(model(pixel_values=inputs).logits.double().cpu())
+    return torch.cat(logits)
 
 
 def reference_answers(loaded: LoadedVariant, split: Split) -> ReferenceAnswers:
-    """Read a split and let the model answer it as it was loaded, in full precision: before there is a Switchboard."""
-    pixels = [batch for batch, _ in dataset.make_batches(dataset.PixelDataset(split, loaded.processor), BATCH_SIZE)]
+    """Read a split and compute the full-precision answers.
+
+    Call this before the model becomes a ``SwitchableModel``, which rounds its weights.
+    """
+    images = dataset.PixelDataset(split, loaded.processor)
+    pixels = [batch for batch, _ in dataset.make_batches(images, BATCH_SIZE)]
     digest = hashlib.sha256(str(split.labels).encode())
     for batch in pixels:
         digest.update(batch.contiguous().numpy())
-    return ReferenceAnswers(pixels, torch.tensor(split.labels), compute_logits(loaded, pixels, loaded.dtype), digest.hexdigest())
+    logits = compute_logits(loaded, pixels, loaded.dtype)
+    labels = torch.tensor(split.labels)
+    return ReferenceAnswers(pixels, labels, logits, digest.hexdigest())
 
 
 class SwitchableModel:
-    """A model, changed to the 16-bit type ``dtype``, with a twin of every Linear but the head in each of ``bits`` (4, 8)."""
+    """A model whose Linears, all but the head, switch between several widths.
+
+    The model is changed in place. Its weights are first rounded to the 16-bit type,
+    because exported checkpoints hold 16-bit weights. Then it computes in ``dtype``.
+
+    Args:
+        model: the full-precision model.
+        bits: widths besides 16 bits, of 4 and 8.
+        dtype: compute type, see ``devices.compute_dtype``.
+    """
 
     def __init__(self, model: nn.Module, bits: Iterable[int], dtype: torch.dtype):
-        # Exports hold 16-bit weights, whatever is computed in.
-        rounded = model.to(devices.half_dtype(model.device))
-        self.model, self.dtype = rounded.to(dtype), dtype
-        self.plain = layers.quantizable(model)
-        self.twins = {PLAIN: self.plain} | {
-            width: {name: quantization.quantized_copy(module, width, dtype) for name, module in self.plain.items()}
-            for width in bits
-        }
+        self.model = model.to(devices.half_dtype(model.device)).to(dtype)
+        self.dtype = dtype
+        self.linears = layers.quantizable(model)
+        self.copies = {UNQUANTIZED: self.linears}  # {bits: {full name: Linear}}
+        for width in bits:
+            self.copies[width] = {
+                name: quantization.quantized_copy(linear, width, dtype)
+                for name, linear in self.linears.items()
+            }
 
     def switch(self, widths: dict[str, int], rest: int) -> tuple[int, int]:
-        """Give the Linears in ``widths`` (full name to bits) theirs, all others ``rest``; (quantized, kept) as counted.
+        """Switch some Linears to their own widths and all others to one width.
 
-        Raises UserError for a Linear that is not there, VariantError if the model does not end up as asked.
+        Args:
+            widths: {full name of a Linear: bits}.
+            rest: bits of all other Linears.
+
+        Returns:
+            The numbers of Linears quantized and kept, counted in the model.
+
+        Raises:
+            UserError: a name that is no quantizable Linear.
+            VariantError: the counts are not those of the request.
         """
-        if unknown := widths.keys() - self.plain.keys():
-            raise UserError(f"'{min(unknown)}' changes nothing: no Linear that can be quantized has this name")
-        wanted = {name: widths.get(name, rest) for name in self.plain}
+        if unknown := widths.keys() - self.linears.keys():
+            raise UserError(
+                f"'{min(unknown)}' changes nothing: "
+                "no Linear that can be quantized has this name"
+            )
+        wanted = {name: widths.get(name, rest) for name in self.linears}
         for name, width in wanted.items():
-            self.model.set_submodule(name, self.twins[width][name])
-        counted, quantized = quantization.count_linears(self.model), sum(width != PLAIN for width in wanted.values())
-        if counted != (quantized, len(wanted) + 1 - quantized):
-            raise VariantError(f"{quantized} Linears were to be quantized, but {counted[0]} are")
-        return counted
+            self.model.set_submodule(name, self.copies[width][name])
+        counts = quantization.count_linears(self.model)
+        quantized = sum(width != UNQUANTIZED for width in wanted.values())
+        if counts != (quantized, len(wanted) + 1 - quantized):
+            raise VariantError(
+                f"{quantized} Linears were to be quantized, but {counts[0]} are"
+            )
+        return counts
 
-    def names(self, prefixes: Iterable[str]) -> list[str]:
-        """Full names of the Linears under some prefixes; UserError for one that matches none."""
-        return [name for name in quantization.modules_to_skip(self.model, prefixes) if name in self.plain]
+    def linears_under(self, prefixes: Iterable[str]) -> list[str]:
+        """Return the full names of the Linears under some prefixes.
+
+        Raises UserError for a prefix that matches none.
+        """
+        names = quantization.modules_to_skip(self.model, prefixes)
+        return [name for name in names if name in self.linears]
 
     def restore(self) -> nn.Module:
-        """The model with no Linear quantized."""
-        self.switch({}, PLAIN)
+        """Return the model with no Linear quantized."""
+        self.switch({}, UNQUANTIZED)
         return self.model
 
-    def held_bytes(self, bits: int) -> dict[str, int]:
-        """Bytes of each Linear at a width, with its bias and quantization state; see ``quantize.resident_bytes``."""
-        return {name: quantization.resident_bytes(module) for name, module in self.twins[bits].items()}
+    def linear_bytes(self, bits: int) -> dict[str, int]:
+        """Return the bytes of each Linear at a width: {full name: bytes}.
+
+        Bias and quantization state count, see ``quantization.resident_bytes``.
+        """
+        return {
+            name: quantization.resident_bytes(linear)
+            for name, linear in self.copies[bits].items()
+        }
 
 
-class _Recorded(nn.Module):
-    """Stands in for a block that need not be computed: gives again what the block gave, batch by batch."""
+class _StoredBlock(nn.Module):
+    """Stand in for a block: return its stored outputs, batch by batch."""
 
     def __init__(self, outputs: list):
         super().__init__()
@@ -120,64 +182,103 @@ class _Recorded(nn.Module):
 
 
 class CachedEvaluator:
-    """Answers of a model under many choices of widths, most of which differ little from one base width.
+    """Evaluate many choices of widths that differ little from one base width.
 
-    The first question keeps the base's output of every block, for all images, on the model's device; the others begin at the
-    first block that has a Linear of another width. Computed with the same weights, the blocks before would give the same.
-    ``replay=False``: keep nothing and compute all blocks, for choices that differ from the base nearly from the start.
+    The first evaluation stores the base's outputs of every block for all images, on
+    the model's device. Every evaluation starts at the first block that holds a changed
+    Linear. The blocks before have the base's weights, and so the base's outputs.
+
+    Args:
+        switchable: the model.
+        loaded: the variant that the model belongs to.
+        images: images to evaluate on.
+        base: bits of the Linears that no choice names.
+        replay: False: store nothing and compute all blocks, for choices that differ
+            from the base nearly from the start.
     """
 
-    def __init__(self, board: SwitchableModel, loaded: LoadedVariant, images: ReferenceAnswers, base: int, replay: bool = True):
-        self.board, self.loaded, self.images, self.base, self.replay = board, loaded, images, base, replay
-        self.blocks = transformer_blocks(board.model)
-        self.outputs: dict[str, list] = {}  # of every block, batch by batch
+    def __init__(
+        self,
+        switchable: SwitchableModel,
+        loaded: LoadedVariant,
+        images: ReferenceAnswers,
+        base: int,
+        replay: bool = True,
+    ):
+        self.switchable = switchable
+        self.loaded = loaded
+        self.images = images
+        self.base = base
+        self.replay = replay
+        self.blocks = layers.transformer_blocks(switchable.model)
+        self.outputs: dict[str, list] = {}  # {block: outputs, batch by batch}
 
-    def ask(self, widths: dict[str, int]) -> dict:
-        """linears_quantized and linears_kept as counted, and ``Images.scores``, of the base but for ``widths``."""
+    def evaluate(self, widths: dict[str, int]) -> dict:
+        """Score one choice: some Linears at their own widths, all others at the base's.
+
+        Returns:
+            linears_quantized and linears_kept as counted, and the scores of
+            ``ReferenceAnswers.scores``.
+        """
         if self.replay and not self.outputs:
-            self.board.switch({}, self.base)
-            with self._recorded():
-                self._logits()
-        quantized, kept = self.board.switch(widths, self.base)
+            self._store_outputs()
+        quantized, kept = self.switchable.switch(widths, self.base)
         changed = [name for name, width in widths.items() if width != self.base]
-        with self._replayed(self._before(changed)):
+        with self._stand_ins(self._unchanged_blocks(changed)):
             scores = self.images.scores(self._logits())
         return {"linears_quantized": quantized, "linears_kept": kept} | scores
 
     def _logits(self) -> torch.Tensor:
-        return compute_logits(self.loaded, self.images.pixels, self.board.dtype)
+        return compute_logits(self.loaded, self.images.pixels, self.switchable.dtype)
 
-    def _before(self, changed: list[str]) -> list[str]:
-        """The blocks before the first that holds one of the changed Linears; all of them if none is changed."""
-        first = (i for i, block in enumerate(self.blocks) if any(name.startswith(f"{block}.") for name in changed))
-        inside = all(any(name.startswith(f"{block}.") for block in self.blocks) for name in changed)
-        return self.blocks[: next(first, len(self.blocks))] if inside and self.replay else []
+    def _unchanged_blocks(self, changed: list[str]) -> list[str]:
+        """Return the blocks before the first that holds a changed Linear.
 
-    @contextmanager
-    def _recorded(self):
-        """Keep the outputs of every block, batch by batch."""
+        These are all blocks if nothing changed. They are none if a changed Linear lies
+        outside the blocks, where it may run before them.
+        """
+        if not self.replay:
+            return []
+        block_of = {name: self._block_index(name) for name in changed}
+        if None in block_of.values():
+            return []
+        first = min(block_of.values(), default=len(self.blocks))
+        return self.blocks[:first]
+
+    def _block_index(self, linear: str) -> int | None:
+        """Return the index of the block that holds a Linear, None for no block."""
+        for i, block in enumerate(self.blocks):
+            if linear.startswith(f"{block}."):
+                return i
+        return None
+
+    def _store_outputs(self) -> None:
+        """Run the base once and store the outputs of every block, batch by batch."""
+        self.switchable.switch({}, self.base)
         hooks = []
         for name in self.blocks:
-            self.outputs[name] = kept = []
-            hook = self.board.model.get_submodule(name).register_forward_hook(
-                lambda _m, _i, out, kept=kept: kept.append(out)
+            outputs = self.outputs[name] = []
+            block = self.switchable.model.get_submodule(name)
+            hooks.append(
+                block.register_forward_hook(
+                    lambda _block, _inputs, output, to=outputs: to.append(output)
+                )
             )
-            hooks.append(hook)
         try:
-            yield
+            self._logits()
         finally:
             for hook in hooks:
                 hook.remove()
 
     @contextmanager
-    def _replayed(self, blocks: list[str]):
-        """Replace the first blocks by what they gave under the base."""
-        model = self.board.model
+    def _stand_ins(self, blocks: list[str]) -> Iterator[None]:
+        """Replace some blocks by their stored outputs."""
+        model = self.switchable.model
         real = {name: model.get_submodule(name) for name in blocks}
         for name in blocks:
-            model.set_submodule(name, _Recorded(self.outputs[name]))
+            model.set_submodule(name, _StoredBlock(self.outputs[name]))
         try:
             yield
         finally:
-            for name, module in real.items():
-                model.set_submodule(name, module)
+            for name, block in real.items():
+                model.set_submodule(name, block)

@@ -1,12 +1,20 @@
-"""Attention kernels asked for by name, and which one ran.
+"""Attention by name: choose a backend, force it, and read which kernel ran.
 
-The names: ``sdpa`` (PyTorch chooses), ``eager`` (two products and a softmax, as transformers writes it), PyTorch's kernels
-one by one, ``math``, ``mem-efficient``, ``flash`` and ``cudnn``, and ``fa2`` (FlashAttention-2, arXiv:2307.08691).
+Three kinds of names meet here:
 
-A ViT attends from every token to every token: it has no mask. transformers still builds one in some situations, and a
-mask, even an all-true one, shuts the flash kernels out. The functions registered here never see a mask. What some models
-add to their scores (Swin, BEiT: a bias by relative position, shifted windows) comes to them in the mask's place, as numbers;
-it is part of the model, and stays.
+- An *attention* is what a variant asks for: ``sdpa`` (PyTorch chooses), ``eager`` (two
+  products and a softmax, as transformers writes it), PyTorch's kernels ``math``,
+  ``mem-efficient``, ``flash`` and ``cudnn``, and ``fa2`` (FlashAttention-2,
+  arXiv:2307.08691).
+- A *backend* is what a device runs for it, a key of ``ALLOWED``. For example, ``fa2``
+  is ``flash-attn`` on a GPU with that package, and ``torch-flash`` on a CPU.
+- A *kernel* is what a trace shows, such as ``flash-cpu``; a value of ``OPERATORS``.
+
+A ViT attends from every token to every token, so it has no mask. transformers still
+builds one in some situations, and any mask, even an all-true one, rules out the flash
+kernels. So the functions registered here ignore masks. Some models (Swin, BEiT) add a
+bias to their scores, for relative positions or shifted windows. This bias comes in the
+mask's place, as numbers. It is part of the model and is applied.
 """
 
 import re
@@ -20,8 +28,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from vitnb.errors import VariantError, one_line
 
-# What the profiler calls the operator of each kernel -> the name used in records. The first that occurs counts:
-# the forced kernels' operators do not nest in each other.
+# Operator in a profiler's trace -> kernel in records. Operators of different forced
+# backends do not nest in each other.
 OPERATORS = {
     "flash_attn::_flash_attn_forward": "flash-attn",
     "aten::_scaled_dot_product_flash_attention": "flash",
@@ -32,9 +40,9 @@ OPERATORS = {
     "vitnb_eager_attention": "eager",
 }
 
-
-# What the kernels themselves are called, for a replayed CUDA graph, whose trace has no operators.
-KERNELS = (
+# Kernel in records, and a pattern for the names of its CUDA kernels. A replayed CUDA
+# graph needs them: its trace shows no operators.
+CUDA_KERNEL_PATTERNS = (
     ("flash-attn", r"^(void )?flash::|flash_attn"),
     ("flash", r"pytorch_flash::"),
     ("cudnn", r"cudnn.*(sdpa|flash|fmha)"),
@@ -42,15 +50,17 @@ KERNELS = (
     ("math", r"softmax"),
 )
 
+# Operators around a whole attention, whichever kernel does it: their time is its cost.
+WHOLE = (
+    "aten::scaled_dot_product_attention",
+    "flash_attn::_flash_attn_forward",
+    "vitnb_eager_attention",
+)
 
-# Around those: what one attention costs, whichever kernel does it.
-WHOLE = ("aten::scaled_dot_product_attention", "flash_attn::_flash_attn_forward", "vitnb_eager_attention")
-
-
-# How an attention name is launched -> the kernels that it may have run. None: PyTorch chooses.
+# Backend -> kernels that it may run. None: PyTorch chooses.
 ALLOWED = {
     "sdpa": None,
-    "eager": {"eager", "math"},  # the same kernels; a replayed graph does not tell them apart
+    "eager": {"eager", "math"},  # a replayed graph shows the same CUDA kernels for both
     "math": {"math"},
     "mem-efficient": {"mem-efficient"},
     "torch-flash": {"flash", "flash-cpu"},
@@ -58,8 +68,8 @@ ALLOWED = {
     "flash-attn": {"flash-attn"},
 }
 
-
-BACKENDS = {
+# Backend -> PyTorch's switch that forces it.
+SDPA_BACKENDS = {
     "math": SDPBackend.MATH,
     "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "torch-flash": SDPBackend.FLASH_ATTENTION,
@@ -67,52 +77,93 @@ BACKENDS = {
 }
 
 
-NAMES = ("sdpa", "eager", "math", "mem-efficient", "flash", "cudnn", "fa2")
-
-
 def _bias(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """What is added to the scores; None for a mask of true and false, which has nothing to hide in a ViT."""
-    return None if attention_mask is None or attention_mask.dtype == torch.bool else attention_mask
+    """Return the bias to add to the scores, if any.
+
+    A mask of true and false is no bias: it has nothing to hide in a ViT.
+    """
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return None
+    return attention_mask
 
 
-def _sdpa(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """[batch, heads, tokens, head] each -> [batch, tokens, heads, head]."""
+def _sdpa(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options
+):
+    """Compute attention by PyTorch's ``scaled_dot_product_attention``.
+
+    Args:
+        module: the model's attention module, not used (transformers' interface).
+        query: [batch, heads, tokens, head].
+        key: [batch, heads, tokens, head].
+        value: [batch, heads, tokens, head].
+        attention_mask: a mask, which is ignored, or a bias for the scores.
+        scaling: the factor of the scores; 1 / sqrt(head) by default.
+        dropout: the share of attention weights to drop.
+        options: not used (transformers' interface).
+
+    Returns:
+        [batch, tokens, heads, head], and None in the place of the attention weights.
+    """
     bias = _bias(attention_mask)
-    bias = bias if bias is None else bias.to(query.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling)
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, bias, dropout, scale=scaling
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """The same in single steps: all scores of all tokens stand in memory. The softmax is taken in float32."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.profiler.record_function("vitnb_eager_attention"):  # so that a trace tells whose products these are
-        scores, bias = (query @ key.transpose(-1, -2)) * scaling, _bias(attention_mask)
-        scores = scores if bias is None else scores + bias
+def _eager(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options
+):
+    """Compute attention in single steps, with all scores of all tokens in memory.
+
+    The softmax is taken in float32. See ``_sdpa`` for arguments and shapes.
+    """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    bias = _bias(attention_mask)
+    # The label tells these products in a trace from the model's other products.
+    with torch.profiler.record_function("vitnb_eager_attention"):
+        scores = (query @ key.transpose(-1, -2)) * scaling
+        if bias is not None:
+            scores = scores + bias
         shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         shares = torch.nn.functional.dropout(shares, dropout, training=dropout > 0)
         return (shares @ value).transpose(1, 2).contiguous(), None
 
 
-def _flash_attn(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """The same through the flash-attn package, which wants [batch, tokens, heads, head]."""
-    from flash_attn import flash_attn_func
+def _flash_attn(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options
+):
+    """Compute attention by the flash-attn package.
+
+    The package takes and gives [batch, tokens, heads, head]. See ``_sdpa`` for
+    arguments and shapes.
+
+    Raises:
+        VariantError: the model adds a bias to its scores.
+    """
+    from flash_attn import flash_attn_func  # late: the package is optional
 
     if _bias(attention_mask) is not None:
         raise VariantError(
-            "flash-attn has no place for the bias that this model adds to its scores: use an sdpa variant"
+            "flash-attn has no place for the bias that this model adds to its scores: "
+            "use an sdpa variant"
         )
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scaling), None
+    out = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scaling)
+    return out, None
 
 
 def _no_mask(*args, **kwargs) -> None:
+    """Build no mask, in the place of transformers' mask functions."""
     return None
 
 
-# transformers refuses a name of its own for a hub kernel if it contains "flash".
+# transformers takes names that contain "flash" for kernels on its hub, hence "fa2".
 FUNCTIONS = {"vitnb-sdpa": _sdpa, "vitnb-eager": _eager, "vitnb-fa2": _flash_attn}
-
 
 for _name, _function in FUNCTIONS.items():
     AttentionInterface.register(_name, _function)
@@ -120,62 +171,93 @@ for _name, _function in FUNCTIONS.items():
 
 
 def resolve_backend(attention: str, device: torch.device) -> str:
-    """How an attention (one of NAMES) is launched on a device: a key of ALLOWED.
+    """Return the backend of an attention on a device, a key of ``ALLOWED``.
 
-    ``flash`` is PyTorch's flash kernel, forced. ``fa2`` is flash-attn on an SM80+ GPU, and PyTorch's flash kernel where
-    flash-attn cannot be had. Raises VariantError where neither exists.
+    ``flash`` is PyTorch's flash kernel, forced. ``fa2`` is flash-attn on a GPU of SM80
+    or newer, and PyTorch's flash kernel where flash-attn is not installed.
+
+    Args:
+        attention: one of ``variants.ATTENTIONS``.
+        device: where the variant runs.
+
+    Raises:
+        VariantError: ``fa2`` on an older GPU, which has neither.
     """
+    if attention == "flash":
+        return "torch-flash"
     if attention != "fa2":
-        return "torch-flash" if attention == "flash" else attention
+        return attention
     if device.type == "cpu":
         return "torch-flash"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
         raise VariantError(
-            f"fa2 needs a GPU of SM80 or newer and this one is SM{capability[0]}{capability[1]}: use an sdpa variant"
+            f"fa2 needs a GPU of SM80 or newer and this one is SM{major}{minor}: "
+            "use an sdpa variant"
         )
     return "flash-attn" if find_spec("flash_attn") else "torch-flash"
 
 
-def implementation(launched: str) -> str:
-    """The name that transformers knows a launch by (``attn_implementation``)."""
-    return {"flash-attn": "vitnb-fa2", "eager": "vitnb-eager"}.get(launched, "vitnb-sdpa")
+def implementation(backend: str) -> str:
+    """Return transformers' name for a backend (``attn_implementation``)."""
+    own_names = {"flash-attn": "vitnb-fa2", "eager": "vitnb-eager"}
+    return own_names.get(backend, "vitnb-sdpa")
 
 
 @contextmanager
-def force_backend(launched: str):
-    """Run a block of forwards with PyTorch's choice narrowed to the kernel that was asked for.
+def force_backend(backend: str):
+    """Run a block of forwards with PyTorch's choice narrowed to one backend.
 
-    Raises VariantError where PyTorch has no such kernel for these tensors.
+    Raises:
+        VariantError: PyTorch has no such kernel for these tensors.
     """
+    forced = backend in SDPA_BACKENDS
     try:
-        with sdpa_kernel(BACKENDS[launched]) if launched in BACKENDS else nullcontext():
+        with sdpa_kernel(SDPA_BACKENDS[backend]) if forced else nullcontext():
             yield
     except RuntimeError as error:
         if "No available kernel" in str(error):
             raise VariantError(
-                f"PyTorch has no {launched} attention kernel for this model here: {one_line(error)}"
+                f"PyTorch has no {backend} attention kernel for this model here: "
+                f"{one_line(error)}"
             ) from None
         raise
 
 
 def kernel_in_trace(names: set[str]) -> str:
-    """Which attention occurs in a trace, from the names of its operators and, where a graph was replayed, of its kernels.
+    """Return the attention kernel that a trace shows, a value of ``OPERATORS``.
 
-    Raises VariantError if none does, or two different ones do.
+    Args:
+        names: names of all operators and, for a replayed graph, of all CUDA kernels.
+
+    Raises:
+        VariantError: the trace shows none, or two different ones.
     """
-    found = sorted({name for operator, name in OPERATORS.items() if operator in names})
-    if not found:
-        of_kernels = [name for name, pattern in KERNELS if any(re.search(pattern, kernel) for kernel in names)]
-        # A softmax beside a fused kernel is no attention.
-        found = sorted({*of_kernels} - {"math"} if len(of_kernels) > 1 else of_kernels)
-    if len(found) != 1:
-        raise VariantError(f"the trace shows {' and '.join(found) or 'no known attention kernel'}: one was expected")
-    return found[0]
+    kernels = {OPERATORS[name] for name in names if name in OPERATORS}
+    if not kernels:
+        kernels = _kernels_of_graph(names)
+    if len(kernels) != 1:
+        shown = " and ".join(sorted(kernels)) or "no known attention kernel"
+        raise VariantError(f"the trace shows {shown}: one was expected")
+    return kernels.pop()
 
 
-def check_kernel(launched: str, kernel: str) -> None:
-    """Raise VariantError if a variant ran a kernel that its name does not allow."""
-    allowed = ALLOWED[launched]
+def _kernels_of_graph(names: set[str]) -> set[str]:
+    """Return the attention kernels among the CUDA kernels of a replayed graph."""
+    kernels = {
+        kernel
+        for kernel, pattern in CUDA_KERNEL_PATTERNS
+        if any(re.search(pattern, name) for name in names)
+    }
+    # A softmax beside a fused kernel is no attention.
+    return kernels - {"math"} if len(kernels) > 1 else kernels
+
+
+def check_kernel(backend: str, kernel: str) -> None:
+    """Raise VariantError if a variant ran a kernel that its backend does not allow."""
+    allowed = ALLOWED[backend]
     if allowed is not None and kernel not in allowed:
-        raise VariantError(f"{launched} was asked for and {kernel} ran: the row would measure something else")
+        raise VariantError(
+            f"{backend} was asked for and {kernel} ran: "
+            "the row would measure something else"
+        )

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Export quantized checkpoints from a study's full-precision one."""
 
 from pathlib import Path
 
@@ -9,24 +9,47 @@ from vitnb.models import checkpoints, layers, quantization
 from vitnb.records.files import new_folder
 from vitnb.study import Study
 
-EXPORTS = ("merged", "nf4", "int8")
+EXPORTS = ("merged", "nf4", "int8")  # the checkpoints that fine-tuning writes
 
 
 def save_quantized(merged: Path, folder: Path, weights: str, kept: list[str]) -> None:
-    """Quantize a full-precision checkpoint to ``nf4`` or ``int8``, but for the Linears ``kept`` (full names, the head among them),
-    and save it in ``folder``, without its preprocessing."""
-    settings = quantization.bnb_config(weights, kept)
-    small = checkpoints.read_model(
-        merged, dtype=torch.bfloat16, quantization_config=settings, device_map={"": devices.select_device()}
+    """Quantize a full-precision checkpoint and save it, without its preprocessing.
+
+    Args:
+        merged: the full-precision checkpoint.
+        folder: where to save.
+        weights: ``nf4`` or ``int8``.
+        kept: full names of the Linears to keep in 16 bits, the head among them.
+
+    Raises:
+        VariantError: other Linears were quantized than should be.
+    """
+    model = checkpoints.read_model(
+        merged,
+        dtype=torch.bfloat16,
+        quantization_config=quantization.bnb_config(weights, kept),
+        device_map={"": devices.select_device()},
     )
-    head = layers.head_name(small)
-    quantization.check_counts(small, quantized=True, planned={name: 16 for name in kept if name != head})
-    quantization.disable_cpu_packing(small).save_pretrained(folder)
+    head = layers.head_name(model)
+    planned = {name: 16 for name in kept if name != head}
+    quantization.check_counts(model, quantized=True, planned=planned)
+    quantization.disable_cpu_packing(model).save_pretrained(folder)
 
 
 def export_plan(study: Study, name: str, kept: list[str]) -> Path:
-    """Write ``checkpoints/plan-NAME``, NF4 but for the Linears ``kept`` in 16 bits and the head, whole or not at all."""
-    merged, final = study.checkpoint("merged"), study.checkpoint(f"plan-{name}")
+    """Write the checkpoint of a plan, ``checkpoints/plan-NAME``, whole or not at all.
+
+    Args:
+        study: a fine-tuned study.
+        name: the plan's name.
+        kept: full names of the Linears to keep in 16 bits, the head among them; all
+            others are NF4.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    merged = study.checkpoint("merged")
+    final = study.checkpoint(f"plan-{name}")
     with new_folder(final) as part:
         save_quantized(merged, part, "nf4", kept)
         checkpoints.load_processor(merged).save_pretrained(part)
@@ -34,5 +57,8 @@ def export_plan(study: Study, name: str, kept: list[str]) -> Path:
 
 
 def fingerprints(study: Study) -> dict[str, str]:
-    """What tells a study's exports from those of another fine-tuning; see ``checkpoints.fingerprint``."""
+    """Return the SHA-256 of each of a study's exports.
+
+    They tell these exports from those of another fine-tuning.
+    """
     return {name: checkpoints.fingerprint(study.checkpoint(name)) for name in EXPORTS}

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint folder: what is in it, whether it is whole, and what this machine can run of it."""
+"""Inspect a checkpoint: is it whole, does it fit its config, can it run here?"""
 
 import json
 from importlib.util import find_spec
@@ -11,28 +11,42 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from vitnb import devices
 from vitnb.errors import UserError, VariantError, one_line
 from vitnb.models import attention, checkpoints, quantization
+from vitnb.records.files import MB
 
 
 def inspect_checkpoint(folder: str | Path) -> list[str]:
-    """Look through a checkpoint; return what was found, a line each. Raises UserError at the first thing wrong."""
+    """Inspect a checkpoint and return one line for each part of it.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: name a checkpoint, such as outputs/embedded/checkpoints/nf4")
-    names, size = _weights(checkpoints.require_safetensors(folder))
-    lines = [f"safetensors   whole: {len(names)} tensors, {size / 2**20:.1f} MB"]
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # whatever transformers trips over
-        raise UserError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from None
-    lines += [_fits(folder), _classes(config), _preprocessing(folder, config)]
+        raise UserError(
+            f"no folder {folder}: "
+            "name a checkpoint, such as outputs/embedded/checkpoints/nf4"
+        )
+    names, size = _read_tensors(checkpoints.require_safetensors(folder))
+    _check_index(folder, names)
+    config = _read_config(folder)
     declared = getattr(config, "quantization_config", None)
-    lines += [_quantization(folder, declared), "this machine  " + _machine(declared)]
-    return lines
+    return [
+        f"safetensors   whole: {len(names)} tensors, {size / MB:.1f} MB",
+        _inspect_fit(folder),
+        _inspect_classes(config),
+        _inspect_preprocessing(folder, config),
+        _inspect_quantization(names, declared),
+        _inspect_machine(),
+    ]
 
 
-def _weights(folder: Path) -> tuple[set[str], int]:
-    """Names of all tensors and the bytes of their files; reads every tensor, so that a cut file is found."""
-    names, size = set(), 0
+def _read_tensors(folder: Path) -> tuple[set[str], int]:
+    """Return the names of all tensors and the bytes of their files.
+
+    Every tensor is read, so that a file that was cut is noticed.
+    """
+    names = set()
+    size = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -40,24 +54,46 @@ def _weights(folder: Path) -> tuple[set[str], int]:
                     file.get_tensor(name)
                     names.add(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is cut or damaged ({one_line(error)}): make or copy it again") from None
+            raise UserError(
+                f"{path} is cut or damaged ({one_line(error)}): make or copy it again"
+            ) from None
         size += path.stat().st_size
-    index = folder / "model.safetensors.index.json"
-    try:
-        missing = set(json.loads(index.read_text())["weight_map"]) - names if index.exists() else set()
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} is no index of weights: copy it again, or delete it if one file holds all") from None
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} tensors that its index names, such as {min(missing)}: copy all its files"
-        )
     return names, size
 
 
-def _fits(folder: Path) -> str:
-    """Load it as transformers does, and let no key be missing, left over or of another shape."""
+def _check_index(folder: Path, names: set[str]) -> None:
+    """Raise UserError if the index of a divided checkpoint names other tensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
     try:
-        model, found = AutoModelForImageClassification.from_pretrained(
+        missing = set(json.loads(index.read_text())["weight_map"]) - names
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{index} is no index of weights: "
+            "copy it again, or delete it if one file holds all"
+        ) from None
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} tensors that its index names, "
+            f"such as {min(missing)}: copy all its files"
+        )
+
+
+def _read_config(folder: Path):
+    """Return the config; raise UserError if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers may raise anything
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read: {one_line(error)}"
+        ) from None
+
+
+def _inspect_fit(folder: Path) -> str:
+    """Load the model as plain transformers does and check that all weights fit."""
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
             folder,
             output_loading_info=True,
             use_safetensors=True,
@@ -65,61 +101,83 @@ def _fits(folder: Path) -> str:
             ignore_mismatched_sizes=True,
             device_map={"": devices.select_device()},
         )
-    except Exception as error:  # whatever transformers trips over
+    except Exception as error:  # transformers may raise anything
         raise UserError(f"{folder} does not load: {one_line(error)}") from None
-    if wrong := checkpoints.describe_misfits(found):
-        raise UserError(wrong)
+    if misfits := checkpoints.describe_misfits(info):
+        raise UserError(misfits)
     quantized, kept = quantization.count_linears(model)
     return f"config        fits the weights; {quantized} Linears quantized, {kept} kept"
 
 
-def _classes(config) -> str:
+def _inspect_classes(config) -> str:
+    """Check that every class has a name of its own."""
     names = [config.id2label.get(i) for i in range(config.num_labels)]
-    if None in names or len(set(names)) != len(names) or names == [f"LABEL_{i}" for i in range(len(names))]:
+    default_names = [f"LABEL_{i}" for i in range(len(names))]
+    if None in names or len(set(names)) != len(names) or names == default_names:
         raise UserError(
-            "config.json has no class names of its own (id2label): export it with 'python -m vitnb run finetune'"
+            "config.json has no class names of its own (id2label): "
+            "export it with 'python -m vitnb run finetune'"
         )
     return f"classes       {len(names)}, from {names[0]} to {names[-1]}"
 
 
-def _preprocessing(folder: Path, config) -> str:
+def _inspect_preprocessing(folder: Path, config) -> str:
+    """Check that the preprocessing gives images of the model's size."""
     processor = checkpoints.load_processor(folder)
     size = (processor.size["height"], processor.size["width"])
-    expected = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+    expected = config.image_size
+    if not isinstance(expected, (list, tuple)):
+        expected = (expected, expected)
     if tuple(expected) != size:
         raise UserError(
             f"preprocessing makes {size} pixels and the model takes {tuple(expected)}: "
             "copy the preprocessor_config.json that it was trained with"
         )
-    return f"preprocessing {size[0]}x{size[1]}, mean {list(processor.image_mean)}, std {list(processor.image_std)}"
+    mean, std = list(processor.image_mean), list(processor.image_std)
+    return f"preprocessing {size[0]}x{size[1]}, mean {mean}, std {std}"
 
 
-def _quantization(folder: Path, declared) -> str:
+def _inspect_quantization(names: set[str], declared) -> str:
+    """Check that the tensors are quantized as the config declares.
+
+    Args:
+        names: the names of all tensors.
+        declared: the config's ``quantization_config``, or None.
+    """
     if declared is None:
         return "quantization  none declared, none found"
-    declared = declared if isinstance(declared, dict) else declared.to_dict()
-    if declared.get("quant_method") != "bitsandbytes":
+    if not isinstance(declared, dict):
+        declared = declared.to_dict()
+    method = declared.get("quant_method")
+    if method != "bitsandbytes":
         raise UserError(
-            f"config.json declares weights quantized by {declared.get('quant_method')}: only bitsandbytes is known here"
+            f"config.json declares weights quantized by {method}: "
+            "only bitsandbytes is known here"
         )
-    wanted = "4-bit" if declared.get("load_in_4bit") else "8-bit"
-    marks = {"4-bit": "quant_state", "8-bit": "SCB"}
-    names, _ = _weights(folder)
-    if not any(marks[wanted] in name for name in names):
+    if declared.get("load_in_4bit"):
+        width, marker = "4-bit", "quant_state"
+    else:
+        width, marker = "8-bit", "SCB"
+    if not any(marker in name for name in names):
         raise UserError(
-            f"config.json declares {wanted} weights and none are there: export it again with 'python -m vitnb run finetune'"
+            f"config.json declares {width} weights and none are there: "
+            "export it again with 'python -m vitnb run finetune'"
         )
-    return (
-        f"quantization  {wanted}, as declared; kept: {', '.join(declared.get('llm_int8_skip_modules') or ['nothing'])}"
-    )
+    kept = ", ".join(declared.get("llm_int8_skip_modules") or ["nothing"])
+    return f"quantization  {width}, as declared; kept: {kept}"
 
 
-def _machine(declared) -> str:
-    on = devices.select_device()
+def _inspect_machine() -> str:
+    """Say on which device this machine would run the checkpoint, and how."""
+    device = devices.select_device()
     try:
-        fa2 = attention.resolve_backend("fa2", on)
+        fa2 = attention.resolve_backend("fa2", device)
     except VariantError as error:
         fa2 = f"no ({one_line(error)})"
-    name = torch.cuda.get_device_name() if on.type == "cuda" else "CPU"
-    bnb = "with bitsandbytes" if find_spec("bitsandbytes") else "without bitsandbytes: quantized variants cannot run"
-    return f"{name}, {devices.compute_dtype(on)} compute, {bnb}; fa2 runs as {fa2}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    if find_spec("bitsandbytes"):
+        bnb = "with bitsandbytes"
+    else:
+        bnb = "without bitsandbytes: quantized variants cannot run"
+    dtype = devices.compute_dtype(device)
+    return f"this machine  {name}, {dtype} compute, {bnb}; fa2 runs as {fa2}"

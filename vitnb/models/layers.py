@@ -1,4 +1,7 @@
-"""The transformer blocks of a model, and the kinds of Linears in them: read from its modules, so that any family of ViT will do."""
+"""The layers of a model: its Linears, its classification head, its transformer blocks.
+
+All names are read from the model's modules, so that any family of ViT works.
+"""
 
 from torch import nn
 
@@ -6,56 +9,87 @@ from vitnb.errors import UserError
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of a model by its full name, quantized ones included (they are Linears too)."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Return every Linear by its full name.
+
+    Quantized Linears are included: their classes derive from ``nn.Linear``.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def head_name(model: nn.Module) -> str:
-    """The name of the classification head: the last Linear, which gives one number for each class."""
+    """Return the full name of the classification head, the last Linear.
+
+    Raises:
+        UserError: the last Linear does not give one number for each class.
+    """
     name, module = list(linears(model).items())[-1]
     if module.out_features != model.config.num_labels:
         raise UserError(
-            f"no classification head: the last Linear, {name}, gives {module.out_features} numbers "
-            f"for {model.config.num_labels} classes"
+            f"no classification head: the last Linear, {name}, gives "
+            f"{module.out_features} numbers for {model.config.num_labels} classes"
         )
     return name
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear but the head by its full name."""
-    kept = head_name(model)
-    return {name: module for name, module in linears(model).items() if name != kept}
+    """Return every Linear but the head by its full name."""
+    head = head_name(model)
+    return {name: module for name, module in linears(model).items() if name != head}
 
 
 def transformer_blocks(model: nn.Module) -> list[str]:
-    """Full names of the transformer blocks, first to last, whatever the family calls them and however it stages them.
+    """Return the full names of the transformer blocks, first to last.
 
-    A block is an element of a list of modules that holds Linears and a normalization, and no such element itself: Swin's stages
-    hold blocks and are none; heads or experts in a list of their own bring no normalization along. UserError if there is none.
+    A block is an element of an ``nn.ModuleList``. It holds Linears and a normalization,
+    and no other block. So Swin's stages are no blocks, because they hold blocks. Heads
+    or experts in a list of their own are no blocks, because they hold no normalization.
+
+    Raises:
+        UserError: the model has no blocks.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    found = [f"{name}.{i}" for name, several in lists.items() for i, one in enumerate(several) if _normalized(one)]
-    blocks = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+    candidates = [
+        f"{name}.{i}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for i, element in enumerate(module)
+        if _has_linears_and_norm(element)
+    ]
+    blocks = [
+        name
+        for name in candidates
+        if not any(other.startswith(f"{name}.") for other in candidates)
+    ]
     if not blocks:
-        raise UserError(f"{type(model).__name__} has no transformer blocks: take a base of the ViT family")
+        raise UserError(
+            f"{type(model).__name__} has no transformer blocks: "
+            "take a base of the ViT family"
+        )
     return blocks
 
 
-def _normalized(module: nn.Module) -> bool:
-    """Whether a module holds Linears and a normalization."""
-    norms = [one for one in module.modules() if isinstance(one, (nn.LayerNorm, nn.RMSNorm))]
-    return bool(norms and linears(module))
+def _has_linears_and_norm(module: nn.Module) -> bool:
+    """Tell whether a module holds Linears and a normalization."""
+    norms = (nn.LayerNorm, nn.RMSNorm)
+    has_norm = any(isinstance(part, norms) for part in module.modules())
+    return has_norm and bool(linears(module))
 
 
 def linear_kinds(model: nn.Module) -> dict[str, list[str]]:
-    """Full names of the Linears of each kind, block by block: ``q``, ``k``, ``v``, ``o``, ``fc1``, ``fc2`` in a ViT.
+    """Return the full names of the Linears of each kind, block by block.
 
-    A kind is called by the last part of its path in the block without ``_proj``, or by the whole path where two share it.
+    The kinds of a ViT are ``q``, ``k``, ``v``, ``o``, ``fc1`` and ``fc2``. A kind is
+    named by the last part of its path in the block, without ``_proj``. Where two
+    Linears of a block share that part, the kind is named by the whole path.
     """
-    found: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for block in transformer_blocks(model):
         paths = list(linears(model.get_submodule(block)))
-        last = [path.rpartition(".")[2].removesuffix("_proj") for path in paths]
-        for path, name in zip(paths, last, strict=True):
-            found.setdefault(name if last.count(name) == 1 else path, []).append(f"{block}.{path}")
-    return found
+        short = [path.rpartition(".")[2].removesuffix("_proj") for path in paths]
+        for path, name in zip(paths, short, strict=True):
+            kind = name if short.count(name) == 1 else path
+            kinds.setdefault(kind, []).append(f"{block}.{path}")
+    return kinds

@@ -1,22 +1,43 @@
-"""Models: from a checkpoint to a variant that is ready to run."""
+"""Load a variant: from a checkpoint to a model that is ready to run."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from vitnb import devices
+from vitnb import devices, variants
 from vitnb.errors import UserError, VariantError
-from vitnb.models import attention, checkpoints, engines, plans, quantization
+from vitnb.models import attention, checkpoints, engines, quantization
 from vitnb.study import Study
 from vitnb.variants import Variant
 
+if TYPE_CHECKING:
+    from vitnb.models.plans import Plan
 
-@dataclass
+
+@dataclass(kw_only=True)
 class LoadedVariant:
-    """A variant, ready to run: the model in evaluation mode, its preprocessing, its classes and what was counted."""
+    """A variant that is ready to run: its model in evaluation mode, and all beside it.
+
+    Attributes:
+        variant: what was loaded.
+        folder: the checkpoint that it was loaded from.
+        model: the model, quantized and rearranged as the variant says.
+        processor: the preprocessing that travels with the checkpoint.
+        class_names: the classes, in the order of the logits.
+        device: where the model is.
+        dtype: the type that it computes in.
+        launched: the attention backend, a key of ``attention.ALLOWED``.
+        linears_quantized: the number of quantized Linears.
+        linears_kept: the number of other Linears.
+        parameters: the number of weights, whatever type they are stored in.
+        disk_bytes: bytes of the checkpoint's files.
+        resident_bytes: bytes of the model in memory; see ``quantization``.
+        engine: how a forward is launched.
+    """
 
     variant: Variant
     folder: Path
@@ -25,38 +46,47 @@ class LoadedVariant:
     class_names: list[str]
     device: torch.device
     dtype: torch.dtype
-    launched: str  # how its attention is launched, a key of attention.ALLOWED
+    launched: str
     linears_quantized: int
     linears_kept: int
-    parameters: int  # the number of weights, whatever they are stored in
+    parameters: int
     disk_bytes: int
     resident_bytes: int
     engine: engines.Engine
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of the memory that NF4 weights are unpacked into by the fused engine; 0 for the other engines."""
+        """Bytes that the fused engine unpacks NF4 weights into; else 0."""
         return getattr(self.model, "scratch_bytes", 0)
 
     def as_record(self) -> dict[str, object]:
-        """What a record keeps of a loaded variant."""
+        """Return the entries of a record."""
         return {
-            "parameters": self.parameters, "dtype": str(self.dtype).removeprefix("torch."), "attention_launched": self.launched,
-            "linears_quantized": self.linears_quantized, "linears_kept": self.linears_kept,
-            "device": self.device.type, "disk_bytes": self.disk_bytes, "resident_bytes": self.resident_bytes,
-            "scratch_bytes": self.scratch_bytes, **self.engine.as_record(),
+            "parameters": self.parameters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention_launched": self.launched,
+            "linears_quantized": self.linears_quantized,
+            "linears_kept": self.linears_kept,
+            "device": self.device.type,
+            "disk_bytes": self.disk_bytes,
+            "resident_bytes": self.resident_bytes,
+            "scratch_bytes": self.scratch_bytes,
+            **self.engine.as_record(),
             "checkpoint_sha256": checkpoints.fingerprint(self.folder),
-        }  # fmt: skip
+        }
 
     def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels, float32 [batch, 3, height, width], where and in the type that the model wants them."""
+        """Move pixels, float32 [batch, 3, height, width], to the device and type."""
         return pixels.to(self.device, self.dtype)
 
     @contextmanager
     def inference(self):
-        """A block of forwards without gradients, launched and with the attention kernel as the variant asks.
+        """Run a block of forwards without gradients; gives the engine to call.
 
-        Raises VariantError where that kernel does not exist for this model.
+        The engine and the attention kernel are those of the variant.
+
+        Raises:
+            VariantError: the attention kernel does not exist for this model.
         """
         with torch.inference_mode(), attention.force_backend(self.launched):
             yield self.engine
@@ -69,82 +99,85 @@ def load_variant(
     on: torch.device | None = None,
     techniques: frozenset[str] | None = None,
 ) -> LoadedVariant:
-    """Load one variant of a study's fine-tuned model (or of ``checkpoint``), on ``on`` or what ``device`` gives.
+    """Load one variant of a study's fine-tuned model.
 
-    ``techniques``: those of the fused engine that are used, all by default; see ``fused.vit``.
+    Args:
+        study: a study that was fine-tuned.
+        variant: what to load.
+        checkpoint: another folder to load from.
+        on: another device than ``devices.select_device`` gives.
+        techniques: techniques of the fused engine to use, all by default; see
+            ``fused.vit``.
 
     Raises:
         UserError: the checkpoint is missing, a pickle or broken.
-        VariantError: the variant cannot run on this machine, or not all that should be quantized was.
+        VariantError: the variant cannot run on this machine, or other Linears are
+            quantized than should be.
     """
-    plan = plans.read_plan(study, variant.plan) if variant.plan else None
-    if plan and variant.engine == "fused":
-        raise VariantError(
-            f"the fused engine takes uniform NF4 alone, and no plan: take the engine graph, {variant.weights}-{variant.attention}-graph"
-        )
-    folder = checkpoint or study.checkpoint(variant.checkpoint)
-    made = plans.plan_command(study, plan) if plan else f"python -m vitnb run finetune -p study {study.typed}"
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint at {folder}: make it with '{made}'")
-    on = on or devices.select_device()
-    launched = attention.resolve_backend(variant.attention, on)
-    dtype = _dtype(variant, on)
+    plan, command = _find_plan(study, variant)
+    folder = _find_folder(checkpoint or study.checkpoint(variant.checkpoint), command)
+    device = on or devices.select_device()
+    backend = attention.resolve_backend(variant.attention, device)
+    dtype = _compute_dtype(variant, device)
     if variant.weights == "fp8":
-        quantization.check_float8(on)
+        quantization.check_float8(device)
     # TensorFloat-32 would make the full-precision baseline a 19-bit one.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    # transformers fills what a checkpoint lacks with random numbers, and only warns.
-    model, found = checkpoints.read_model(
-        checkpoints.require_safetensors(folder),
-        dtype=dtype,
-        attn_implementation=attention.implementation(launched),
-        device_map={"": on},
-        output_loading_info=True,
-    )
-    if wrong := checkpoints.describe_misfits(found):
-        raise UserError(f"{folder}: {wrong}: make it again with '{made}'")
-    for parameter in model.parameters():
-        # A loader may leave weights in the type of the file.
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, quantization.bnb.nn.Linear4bit):
-            module.compute_dtype = dtype
-    quantization.disable_cpu_packing(model, only_uneven=True)
-    if variant.checkpoint != "merged" and not getattr(model.config, "quantization_config", None):
-        raise VariantError(f"{folder} is not quantized: make it again with '{made}'")
-    if variant.weights == "fp8":
-        quantization.to_fp8(model)
-    if variant.weights == "w8a8":
-        quantization.disable_outliers(model)
-    quantized, kept = plan.apply(model, dtype) if plan else quantization.check_counts(model, variant.quantized)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    model = _read_model(folder, command, backend, dtype, device)
+    if variant.checkpoint != "merged" and not _declares_quantization(model):
+        raise VariantError(f"{folder} is not quantized: make it again with '{command}'")
+    quantized, kept = _quantize(model, variant, plan, dtype)
     parameters = quantization.num_parameters(model)
     if variant.engine == "fused":
-        from vitnb.models.fused.vit import FusedViT  # late: other engines do without
-
-        with torch.inference_mode():
-            model = FusedViT(model, launched, dtype, techniques)
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        model = _rearrange(model, backend, dtype, techniques)
     return LoadedVariant(
-        variant,
-        folder,
-        model,
-        checkpoints.load_processor(folder),
-        names,
-        on,
-        dtype,
-        launched,
-        quantized,
-        kept,
-        parameters,
-        checkpoints.disk_bytes(folder),
-        quantization.resident_bytes(model),
-        engines.make_engine(variant.engine, model, on),
+        variant=variant,
+        folder=folder,
+        model=model,
+        processor=checkpoints.load_processor(folder),
+        class_names=[model.config.id2label[i] for i in range(model.config.num_labels)],
+        device=device,
+        dtype=dtype,
+        launched=backend,
+        linears_quantized=quantized,
+        linears_kept=kept,
+        parameters=parameters,
+        disk_bytes=checkpoints.disk_bytes(folder),
+        resident_bytes=quantization.resident_bytes(model),
+        engine=engines.make_engine(variant.engine, model, device),
     )
 
 
-def _dtype(variant: Variant, device: torch.device) -> torch.dtype:
+def load_baseline(study: Study) -> LoadedVariant:
+    """Load the full-precision variant, see ``load_variant``."""
+    return load_variant(study, variants.parse(variants.BASELINE))
+
+
+def _find_plan(study: Study, variant: Variant) -> tuple["Plan | None", str]:
+    """Return the variant's plan, if any, and the command that makes its checkpoint."""
+    if not variant.plan:
+        return None, f"python -m vitnb run finetune -p study {study.typed}"
+    from vitnb.models import plans  # late: most variants have no plan
+
+    plan = plans.read_plan(study, variant.plan)
+    if variant.engine == "fused":
+        graph = f"{variant.weights}-{variant.attention}-graph"
+        raise VariantError(
+            "the fused engine takes uniform NF4 alone, and no plan: "
+            f"take the engine graph, {graph}"
+        )
+    return plan, plans.plan_command(study, plan)
+
+
+def _find_folder(folder: Path, command: str) -> Path:
+    """Return a checkpoint's folder; raise UserError if it is missing or a pickle."""
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {folder}: make it with '{command}'")
+    return checkpoints.require_safetensors(folder)
+
+
+def _compute_dtype(variant: Variant, device: torch.device) -> torch.dtype:
     """Return the type that a variant computes in.
 
     ``bf16`` always computes in 16 bits, as it is the control for just that. Quantized
@@ -155,3 +188,60 @@ def _dtype(variant: Variant, device: torch.device) -> torch.dtype:
     if variant.weights == "bf16":
         return devices.half_dtype(device)
     return devices.compute_dtype(device)
+
+
+def _read_model(
+    folder: Path,
+    command: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """Load a checkpoint in evaluation mode, with every parameter in ``dtype``."""
+    model, info = checkpoints.read_model(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention.implementation(backend),
+        device_map={"": device},
+        output_loading_info=True,
+    )
+    # transformers fills missing weights with random numbers, and only warns.
+    if misfits := checkpoints.describe_misfits(info):
+        raise UserError(f"{folder}: {misfits}: make it again with '{command}'")
+    quantization.set_compute_dtype(model, dtype)
+    return model.eval()
+
+
+def _declares_quantization(model: nn.Module) -> bool:
+    """Tell whether the model's config says that its weights are quantized."""
+    return bool(getattr(model.config, "quantization_config", None))
+
+
+def _quantize(
+    model: nn.Module, variant: Variant, plan: "Plan | None", dtype: torch.dtype
+) -> tuple[int, int]:
+    """Quantize further than the checkpoint, in place; return the checked counts.
+
+    Returns:
+        The numbers of quantized and of other Linears.
+    """
+    if variant.weights == "fp8":
+        quantization.to_fp8(model)
+    if variant.weights == "w8a8":
+        quantization.disable_outliers(model)
+    if plan:
+        return plan.apply(model, dtype)
+    return quantization.check_counts(model, variant.quantized)
+
+
+@torch.inference_mode()
+def _rearrange(
+    model: nn.Module,
+    backend: str,
+    dtype: torch.dtype,
+    techniques: frozenset[str] | None,
+) -> nn.Module:
+    """Return the fused engine's form of a model, which takes over its weights."""
+    from vitnb.models.fused.vit import FusedViT  # late: other engines do without
+
+    return FusedViT(model, backend, dtype, techniques)

@@ -1,4 +1,4 @@
-"""Records: what one run was asked, what it found and what it ran on, as JSON."""
+"""Records: the parameters, results and machine of one run, as JSON."""
 
 from vitnb import lazy_modules
 

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Write files, arrays and folders whole or not at all.
+
+A reader never sees half of a file, and a killed writer leaves the old one in place.
+"""
 
 import io
 import os
@@ -10,14 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
+MB = 2**20  # bytes of a megabyte, as in the source study
+
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A new folder to write in, which takes the place of ``final`` at the end: whole, or not at all if anything is raised."""
+    """Give a new folder to write in, which replaces ``final`` at the end.
+
+    If anything is raised, ``final`` stays as before and the new folder is removed.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         yield part
+        part.chmod(0o755)  # mkdtemp makes folders for their owner alone
         if final.exists():
             shutil.rmtree(final)
         part.rename(final)
@@ -26,7 +35,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a killed writer, never leaves half of it behind."""
+    """Write a file whole or not at all; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -37,10 +46,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write an array (npy, no pickles) whole or not at all."""
+    """Write an array as .npy, without pickles, whole or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     write_file(path, buffer.getvalue())
-
-
-MB = 2**20  # megabytes are 2^20 bytes everywhere, as in the source study

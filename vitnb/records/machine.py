@@ -1,4 +1,4 @@
-"""The machine: what it is, which code and packages run on it, and in which state it is at this moment."""
+"""Describe the machine: hardware, versions of code and packages, and present state."""
 
 import hashlib
 import os
@@ -7,70 +7,67 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
 
 from vitnb.study import ROOT
 
+# The packages that can change a result.
 PACKAGES = (
-    "torch", "transformers", "bitsandbytes", "flash-attn", "peft", "accelerate", "scikit-learn", "scipy", "numpy", "pillow",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "flash-attn",
+    "peft",
+    "accelerate",
+    "scikit-learn",
+    "scipy",
+    "numpy",
+    "pillow",
+)
 
+# Reasons for low clocks of a GPU, from bit 0 on (NVML, nvmlClocksEventReasons).
+THROTTLE_REASONS = (
+    "idle",
+    "application clocks",
+    "software power cap",
+    "hardware slowdown",
+    "sync boost",
+    "software thermal",
+    "hardware thermal",
+    "hardware power brake",
+    "display clocks",
+)
 
-# What keeps a GPU's clocks down, bit by bit (NVML, nvmlClocksEventReasons).
-THROTTLE = (
-    "idle", "application clocks", "software power cap", "hardware slowdown", "sync boost", "software thermal",
-    "hardware thermal", "hardware power brake", "display clocks",
-)  # fmt: skip
+# Keys of a record and the fields of nvidia-smi that give their values.
+GPU_STATE = {
+    "gpu_mhz": "clocks.sm",
+    "gpu_memory_mhz": "clocks.mem",
+    "gpu_watts": "power.draw",
+    "gpu_celsius": "temperature.gpu",
+}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that move the numbers; '-' for one that is not installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, CUDA and the packages; '-' for a missing one."""
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            numbers[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "-"
-    return found | {"cuda": torch.version.cuda or "-"}
-
-
-def _output_of(*words: str) -> str:
-    """What a program prints, or nothing if it is missing or fails."""
-    try:
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def smi(*fields: str) -> dict[str, str]:
-    """What the driver says of the GPU that PyTorch uses; nothing where there is none."""
-    if not torch.cuda.is_available():
-        return {}
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    line = _output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={uuid}")
-    values = [value.strip() for value in line.split(",")]
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
-
-
-def _cpuinfo() -> list[tuple[str, str]]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
-
-
-def code_sha256() -> str:
-    """SHA-256 of the package's sources: which code ran, also where there is no repository or changes are not committed."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "vitnb").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+            numbers[package] = "-"
+    numbers["cuda"] = torch.version.cuda or "-"
+    return numbers
 
 
 def describe_machine() -> dict[str, object]:
-    """The processor, the GPU and its driver, and the commit of the code: what does not change while a run lasts."""
+    """Return the facts that stay the same during a run.
+
+    They are the processor, the GPU and its driver, and the commit of the code.
+    """
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
-        "cpu": dict(_cpuinfo()).get("model name", platform.processor() or platform.machine()),
+        "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu.name if gpu else None,
@@ -84,39 +81,104 @@ def describe_machine() -> dict[str, object]:
     }
 
 
+def code_sha256() -> str:
+    """Return the SHA-256 of the package's sources.
+
+    It names the code that ran, also without a repository or with uncommitted changes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "vitnb").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def machine_state() -> dict[str, object]:
+    """Return how fast and how busy the machine is at this moment.
+
+    Clocks are in MHz, power is in W and temperature in degrees Celsius. A value is None
+    if the system does not give it. The keys of the GPU are missing without a GPU.
+    """
+    state = {"cpu_mhz": _cpu_mhz(), "load_1min": round(psutil.getloadavg()[0], 2)}
+    if not torch.cuda.is_available():
+        return state
+    values = smi(*GPU_STATE.values())
+    for key, field in GPU_STATE.items():
+        state[key] = _number(values.get(field))
+    state["gpu_throttled"] = _gpu_throttle_reasons()
+    return state
+
+
+def smi(*fields: str) -> dict[str, str]:
+    """Return fields of nvidia-smi for the GPU in use; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    line = _output_of(
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
+    )
+    values = [value.strip() for value in line.split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def throttle_reasons(mask: str | None) -> list[str] | None:
+    """Return the names of the bits of a mask such as ``0x0000000000000004``.
+
+    The result is None if the driver gives no mask.
+    """
+    try:
+        bits = int(mask, 16)
+    except (TypeError, ValueError):
+        return None
+    return [name for i, name in enumerate(THROTTLE_REASONS) if bits >> i & 1]
+
+
+def _gpu_throttle_reasons() -> list[str] | None:
+    # The driver renamed the field in 2023 and knows one of the two names.
+    for word in ("event", "throttle"):
+        field = f"clocks_{word}_reasons.active"
+        reasons = throttle_reasons(smi(field).get(field))
+        if reasons is not None:
+            return reasons
+    return None
+
+
+def _cpu_model() -> str:
+    """Return the name of the processor.
+
+    Linux keeps it in /proc/cpuinfo, which neither psutil nor the standard library read.
+    """
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_mhz() -> int | None:
+    """Return the present clock, the mean of all cores; None if it is not known."""
+    try:
+        clock = psutil.cpu_freq()
+    except (AttributeError, NotImplementedError, OSError):  # on some systems
+        return None
+    return round(clock.current) if clock and clock.current else None
+
+
+def _output_of(*command: str) -> str:
+    """Return the output of a program; empty if it is missing or fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
 def _number(text: str | None) -> float | None:
     try:
         return float(text)
     except (TypeError, ValueError):
         return None
-
-
-def throttle_reasons(mask: str | None) -> list[str] | None:
-    """The reasons that a bit mask such as ``0x0000000000000004`` holds, by name; None if the driver gives no mask."""
-    try:
-        bits = int(mask, 16)
-    except (TypeError, ValueError):
-        return None
-    return [name for i, name in enumerate(THROTTLE) if bits >> i & 1]
-
-
-def machine_state() -> dict[str, object]:
-    """Clocks (MHz), power (W), temperature (C) and throttle reasons now, None where nobody says; and how busy the CPU is."""
-    clocks = [float(value) for key, value in _cpuinfo() if key == "cpu MHz"]
-    found = {
-        "cpu_mhz": round(sum(clocks) / len(clocks)) if clocks else None,
-        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-    if torch.cuda.is_available():
-        fields = {
-            "gpu_mhz": "clocks.sm",
-            "gpu_memory_mhz": "clocks.mem",
-            "gpu_watts": "power.draw",
-            "gpu_celsius": "temperature.gpu",
-        }
-        said = smi(*fields.values())
-        found |= {name: _number(said.get(field)) for name, field in fields.items()}
-        # The driver renamed the field in 2023 and knows one of the two names.
-        masks = [next(iter(smi(f"clocks_{word}_reasons.active").values()), None) for word in ("event", "throttle")]
-        found["gpu_throttled"] = next((r for r in map(throttle_reasons, masks) if r is not None), None)
-    return found

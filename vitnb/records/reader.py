@@ -1,4 +1,4 @@
-"""Showing a record: where one number came from, a line for each thing that was asked, found and used."""
+"""Read records from disk, find one by its name, and print it."""
 
 import json
 from pathlib import Path
@@ -6,65 +6,103 @@ from pathlib import Path
 from vitnb.errors import UserError, suggest
 from vitnb.study import Study, load_study, study_names
 
+LONG = 8  # a list with more items is shown by its length and range
+
 
 def read_record(path: Path, fix: str) -> dict:
+    """Return the record in a JSON file.
+
+    Args:
+        fix: the end of the message if the file is no record.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         record = None
-    if not isinstance(record, dict) or not {"name", "notebook", "started"} <= record.keys():
+    required = {"name", "notebook", "started"}
+    if not isinstance(record, dict) or not required <= record.keys():
         raise UserError(f"{path} is not a record: {fix}")
     return record
 
 
 def load_records(study: Study) -> list[dict]:
-    """Every record of a study, oldest first."""
-    found = []
-    for path in sorted((study.outputs / "records").glob("*.json")):
-        found.append(read_record(path, f"delete it and run 'python -m vitnb study {study.typed}' again"))
-    return sorted(found, key=lambda record: record["started"])
+    """Return every record of a study, oldest first."""
+    fix = f"delete it and run 'python -m vitnb study {study.typed}' again"
+    paths = sorted((study.outputs / "records").glob("*.json"))
+    records = [read_record(path, fix) for path in paths]
+    return sorted(records, key=lambda record: record["started"])
 
 
 def find_record(name: str) -> dict:
-    """A record by its path, or by its name in one of the studies' outputs; raises UserError with the nearest right name."""
-    path = Path(name)
-    if path.suffix != ".json":
-        paths = {
-            p.stem: p for s in reversed(study_names()) for p in (load_study(s).outputs / "records").glob("*.json")
-        }
-        if name not in paths:
-            known = suggest(name, paths) if paths else "no study has any yet: run 'python -m vitnb study embedded'"
-            raise UserError(f"no record '{name}': {known}")
-        path = paths[name]
+    """Return a record by its path, or by its name among the records of all studies.
+
+    Raises:
+        UserError: no such record; the message suggests a name.
+    """
+    path = Path(name) if name.endswith(".json") else _path_by_name(name)
     if not path.is_file():
-        raise UserError(f"no record at {path}: name one, such as outputs/embedded/records/finetune.json")
+        raise UserError(
+            f"no record at {path}: "
+            "name one, such as outputs/embedded/records/finetune.json"
+        )
     return read_record(path, "name the JSON file of a record")
 
 
-def _short(value: object) -> str:
-    """A value on one line: raw samples by their number and range, mappings by their entries."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list) and len(value) > 8:
-        numbers = all(isinstance(item, (int, float)) for item in value)
-        return f"[{len(value)} values" + (f", {min(value):.6g} to {max(value):.6g}]" if numbers else "]")
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_short, value)) + "]"
-    return "-" if value is None or value == "" else str(value)
+def _path_by_name(name: str) -> Path:
+    """Return the path of a record; of two with one name, the first study's."""
+    paths = {}
+    for study_name in study_names():
+        folder = load_study(study_name).outputs / "records"
+        for path in folder.glob("*.json"):
+            paths.setdefault(path.stem, path)
+    if name in paths:
+        return paths[name]
+    hint = "no study has any yet: run 'python -m vitnb study embedded'"
+    if paths:
+        hint = suggest(name, paths)
+    raise UserError(f"no record '{name}': {hint}")
 
 
 def format_record(record: dict) -> str:
-    """A record as text: a line for each thing asked, found and used; raw samples by number and range."""
+    """Return a record as text, one line for each value.
+
+    The values of mappings and of short lists of mappings get lines of their own. A long
+    list, such as raw samples, is shown by its length and range.
+    """
     lines = []
     for key, value in record.items():
         if isinstance(value, dict) and value:
-            lines += [f"{key}.{inner}: {_short(item)}" for inner, item in value.items()]
-        elif isinstance(value, list) and value and isinstance(value[0], dict) and len(value) <= 8:
-            lines += [
-                f"{key}[{i}].{inner}: {_short(item)}" for i, row in enumerate(value) for inner, item in row.items()
-            ]
+            lines += _lines(key, value)
+        elif _is_short_table(value):
+            for i, row in enumerate(value):
+                lines += _lines(f"{key}[{i}]", row)
         else:
-            lines.append(f"{key}: {_short(value)}")
+            lines.append(f"{key}: {_format_value(value)}")
     return "\n".join(lines)
+
+
+def _lines(key: str, values: dict) -> list[str]:
+    return [f"{key}.{inner}: {_format_value(item)}" for inner, item in values.items()]
+
+
+def _is_short_table(value: object) -> bool:
+    if not isinstance(value, list) or not value or len(value) > LONG:
+        return False
+    return isinstance(value[0], dict)
+
+
+def _format_value(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        items = [f"{key}: {_format_value(item)}" for key, item in value.items()]
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list) and len(value) > LONG:
+        if all(isinstance(item, (int, float)) for item in value):
+            return f"[{len(value)} values, {min(value):.6g} to {max(value):.6g}]"
+        return f"[{len(value)} values]"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_format_value, value)) + "]"
+    return str(value)

@@ -1,7 +1,8 @@
-"""Unfinished measurements: what a killed run has found already, so that the next one goes on from there.
+"""Resume a killed measurement from the results that it has already written.
 
-Every finding is a small file of its own, written whole, under a name that is a digest of what it depends on. Whatever of that
-changes, the checkpoint above all, no file is found, and the measurement starts anew. ``records.Run.save`` removes the folder.
+Each result is a small file. The name of the file is a digest of everything that the
+result depends on. If the checkpoint or anything else changes, no file has that name,
+and the measurement starts anew. ``records.run.Run.save`` removes the folder.
 """
 
 import hashlib
@@ -14,18 +15,30 @@ from vitnb.records.files import write_file
 
 
 class ResumeCache:
-    """Findings of one measurement in ``folder``; None: nothing is kept.
+    """The results of one measurement on disk, each with the question that it answers.
 
-    ``depends``: what all findings depend on, as JSON holds it; the versions of the packages always do.
+    Args:
+        folder: where the results lie; None to store nothing.
+        depends: what every result depends on, as values that JSON can hold. The
+            versions of the packages are always added.
+
+    Attributes:
+        found_before: number of results that an earlier run has left.
     """
 
     def __init__(self, folder: Path | None, **depends):
-        self.folder, self.depends = folder, depends | {"versions": machine.versions()}
+        self.folder = folder
+        self.depends = depends | {"versions": machine.versions()}
         self.seen: set[Path] = set()
-        self.found_before = 0  # findings of a run before this one
+        self.found_before = 0
 
     def get(self, make: Callable[[], dict], **asked) -> dict:
-        """The finding for ``asked``: read, if it was found before, else made and kept. ``make`` gives what JSON can hold."""
+        """Return the result for ``asked``: from disk, or made and written.
+
+        Args:
+            make: measures the result, a mapping that JSON can hold.
+            asked: the question, such as the bits of each layer.
+        """
         if self.folder is None:
             return make()
         key = json.dumps([self.depends, asked], sort_keys=True)
@@ -34,7 +47,7 @@ class ResumeCache:
             self.found_before += path not in self.seen
             self.seen.add(path)
             return json.loads(path.read_text(encoding="utf-8"))
-        found = make()
-        write_file(path, json.dumps(found))
+        result = make()
+        write_file(path, json.dumps(result))
         self.seen.add(path)
-        return found
+        return result

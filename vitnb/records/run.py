@@ -1,4 +1,8 @@
-"""Records: what one run of a notebook was asked, what ran, its raw samples, and the machine. JSON, whole or not at all."""
+"""Run a notebook or a measurement, and write its record.
+
+A record is a JSON file. It holds the parameters, the results with their raw samples,
+and the machine. It is written whole or not at all.
+"""
 
 import json
 import random
@@ -14,35 +18,42 @@ import torch
 from IPython import get_ipython
 
 from vitnb import devices, variants
-from vitnb.errors import UserError, VariantError, one_line
+from vitnb.errors import UserError, VariantError, as_known_error, one_line
 from vitnb.records import machine
 from vitnb.records.files import write_array, write_file
 from vitnb.study import Study, load_study
 
 
-def _plain(value: object):
-    """JSON for what numpy and torch return."""
-    if isinstance(value, (np.generic, torch.Tensor)):
-        return value.item() if value.ndim == 0 else value.tolist()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"a record cannot hold a {type(value).__name__}")
-
-
 class Run:
-    """One run of one notebook: holds what was asked, collects what was found, and saves it as one record."""
+    """One run: its parameters, and the record that it writes.
+
+    Args:
+        notebook: name of the notebook or of the measurement.
+        asked: the parameters. They stand in the record.
+
+    Attributes:
+        name: of the record, see ``record_name``.
+        path: of the record.
+        unfinished: folder for results of a measurement that was killed, see ``resume``.
+        device: the device that was asked for, or the GPU if there is one.
+        batch_sizes: to measure, of ``evaluate`` alone.
+    """
 
     def __init__(self, notebook: str, study: Study, asked: dict):
         self.study = study
-        self.seed = asked["seed"] = study.seed if asked.get("seed") is None else asked["seed"]
-        self.variant = variants.parse(asked["variant"]) if asked.get("variant") else None
-        self.name = self._name(notebook, study, asked)
+        if asked.get("seed") is None:
+            asked["seed"] = study.seed
+        self.seed = asked["seed"]
+        self.variant = None
+        if asked.get("variant"):
+            self.variant = variants.parse(asked["variant"])
+        self.device = devices.select_device(asked.get("device"))
+        self.name = record_name(notebook, study, asked)
         self.path = study.outputs / "records" / f"{self.name}.json"
-        self.unfinished = study.outputs / "unfinished" / self.name  # see ``unfinished``
+        self.unfinished = study.outputs / "unfinished" / self.name
         if notebook == "evaluate":
-            self.batch_sizes = asked["batch_sizes"] = study.sizes(asked.get("batch_size"))
+            self.batch_sizes = study.sizes(asked.get("batch_size"))
+            asked["batch_sizes"] = self.batch_sizes
         self.record = {
             "notebook": notebook,
             "study": study.name,
@@ -53,65 +64,86 @@ class Run:
             "machine": machine.describe_machine(),
             "versions": machine.versions(),
         }
-        self._begin = time.perf_counter()
+        self._started = time.perf_counter()
 
-    @staticmethod
-    def _name(notebook: str, study: Study, asked: dict) -> str:
-        """One record for each thing that can be asked of a study: a variant, a batch size, a folder of images.
+    def save_array(self, kind: str, values: np.ndarray) -> str:
+        """Write an array that is too large for a record to a file of its own.
 
-        ``infer`` with the study's own variant is plain ``infer``: the one that the report shows.
+        Args:
+            kind: name of the folder, such as ``logits``.
+
+        Returns:
+            The path of the file, relative to the outputs of the study.
         """
-        parts = [notebook]
-        if notebook == "evaluate":
-            parts += [variants.parse(asked["variant"]).file] + [f"b{asked['batch_size']}"] * bool(asked.get("batch_size"))
-            parts += [asked.get("device")] * bool(asked.get("device"))
-        elif notebook == "infer":
-            parts += [variants.parse(asked["variant"]).file] * (asked["variant"] != study.infer_variant)
-            if asked.get("images"):
-                parts.append(Path(asked["images"]).expanduser().resolve().name)
-        elif notebook == "ablate":
-            parts += [asked["by"]] * (asked.get("by", "layer") != "layer")
-        elif notebook == "plan":
-            parts.append(asked["name"])
-        return "-".join(parts)
-
-    def keep(self, kind: str, values: np.ndarray) -> str:
-        """Write an array beside the records, too large to be in one; returns its path below the study's outputs."""
         name = f"{kind}/{self.name}.npy"
         write_array(self.study.outputs / name, values)
         return name
 
-    def save(self, **found) -> dict:
-        """Write the record, with its findings, and return it as it was written."""
-        written = self._write({"status": "ok", "reason": ""} | found)
+    def save(self, **results) -> dict:
+        """Write the record with its results, and return it as a reader will see it."""
+        record = self._write({"status": "ok", "reason": ""} | results)
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        with suppress(OSError):  # it is missing, or another measurement has something in it
+        with suppress(OSError):  # missing, or used by another measurement
             self.unfinished.parent.rmdir()
-        return written
+        return record
 
     def fail(self, error: BaseException) -> dict:
-        """Write a record without findings that says why the variant has none."""
+        """Write a record without results that says why there are none."""
         return self._write({"status": "failed", "reason": one_line(error)})
 
-    def _write(self, found: dict) -> dict:
-        whole = self.record | {"seconds": round(time.perf_counter() - self._begin, 1)} | found
-        text = json.dumps(whole, default=_plain, allow_nan=False, indent=1)
+    def _write(self, results: dict) -> dict:
+        seconds = round(time.perf_counter() - self._started, 1)
+        record = self.record | {"seconds": seconds} | results
+        text = json.dumps(record, default=_to_json, allow_nan=False, indent=1)
         write_file(self.path, text + "\n")
         return json.loads(text)
 
 
+def record_name(notebook: str, study: Study, asked: dict) -> str:
+    """Return the name of a record: the notebook, and what sets this run apart.
+
+    Two runs share a record if they ask the same question of a study. Then the later run
+    replaces the record. ``infer`` with the variant that the study names is called
+    ``infer``, because the report shows this record.
+    """
+    parts = [notebook]
+    if notebook == "evaluate":
+        parts.append(variants.parse(asked["variant"]).file)
+        if asked.get("batch_size"):
+            parts.append(f"b{asked['batch_size']}")
+        if asked.get("device"):
+            parts.append(asked["device"])
+    elif notebook == "infer":
+        if asked["variant"] != study.infer_variant:
+            parts.append(variants.parse(asked["variant"]).file)
+        if asked.get("images"):
+            parts.append(Path(asked["images"]).expanduser().resolve().name)
+    elif notebook == "ablate":
+        if asked.get("by", "layer") != "layer":
+            parts.append(asked["by"])
+    elif notebook == "plan":
+        parts.append(asked["name"])
+    return "-".join(parts)
+
+
+# Runs of a variant in this process. An error that ends a notebook belongs to the last.
+_VARIANT_RUNS: list[Run] = []
+
+
 def begin(notebook: str, study: str, **asked) -> Run:
-    """Begin a run: load the study, check that the machine can do it, and seed every generator.
+    """Load a study, check that this machine can run it, and seed all generators.
 
     Args:
-        notebook: which notebook asks.
-        study: a name under ``studies/`` or the path of a YAML file.
-        asked: the notebook's other parameters, kept in the record as they are; ``seed=None`` for the study's own.
+        notebook: name of the notebook or of the measurement.
+        study: a name under ``studies/``, or the path of a YAML file.
+        asked: the other parameters. They stand in the record. ``seed=None`` takes the
+            seed of the study.
 
     Raises:
-        UserError: unknown study or variant, or a study that needs a GPU on a machine without one.
+        UserError: an unknown study or variant, or a study that needs a GPU on a machine
+            without one.
     """
-    _tell_errors_in_one_line()
+    _show_errors_in_one_line()
     loaded = load_study(study)
     devices.check_requirements(loaded)
     run = Run(notebook, loaded, asked)
@@ -119,25 +151,35 @@ def begin(notebook: str, study: str, **asked) -> Run:
     np.random.seed(run.seed)
     torch.manual_seed(run.seed)
     if run.variant:
-        _CURRENT.append(run)
+        _VARIANT_RUNS.append(run)
     return run
 
 
-_CURRENT: list[Run] = []  # the run that a failing variant belongs to
+def _show_errors_in_one_line() -> None:
+    """Show known errors of a notebook in one line, and record a variant that fails.
 
-
-def _tell_errors_in_one_line() -> None:
-    """In a notebook, show our own errors as one line without a stack trace, and record a variant that failed."""
+    Running out of memory is the error of a library. The variant fails all the same.
+    """
     shell = get_ipython()
     if shell is None:
         return
 
-    def tell(shell, kind, error, trace, tb_offset=None):
-        if isinstance(error, torch.OutOfMemoryError):
-            error = VariantError(f"out of memory: lower batch_size, or take an nf4 variant ({one_line(error)[:80]})")
-            kind = VariantError
-        if isinstance(error, VariantError) and _CURRENT:
-            _CURRENT[-1].fail(error)
+    def show(shell, kind, error, trace, tb_offset=None):
+        error = as_known_error(error)
+        if isinstance(error, VariantError) and _VARIANT_RUNS:
+            _VARIANT_RUNS[-1].fail(error)
+        kind = type(error)
         shell._showtraceback(kind, error, [f"{kind.__name__}: {one_line(error)}"])
 
-    shell.set_custom_exc((UserError, VariantError, torch.OutOfMemoryError), tell)
+    shell.set_custom_exc((UserError, VariantError, torch.OutOfMemoryError), show)
+
+
+def _to_json(value: object):
+    """Return values of NumPy, PyTorch and pathlib as JSON can hold them."""
+    if isinstance(value, (np.generic, torch.Tensor)):
+        return value.item() if value.ndim == 0 else value.tolist()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a record cannot hold a {type(value).__name__}")

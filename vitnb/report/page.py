@@ -1,8 +1,12 @@
-"""The report: one self-contained HTML page and the CSV tables, made from records and the ledger of claims alone."""
+"""Write a study's report: one self-contained HTML page, its tables and figures.
+
+Everything follows from the study's records and the ledger of claims.
+"""
 
 import base64
 import csv
 import io
+import re
 from collections.abc import Container, Iterable
 from pathlib import Path
 
@@ -11,33 +15,89 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitnb.analysis import (
-    accuracy,
-    claims,
-    comparison,
-    performance,
-    plan_validation,
-    sensitivity,
-    summary,
-)
-from vitnb.analysis.learning import describe_seeds
+from vitnb.analysis import claims, comparison, plan_validation, sensitivity, tables
+from vitnb.analysis.performance import MEMORY_DEFINITIONS
+from vitnb.analysis.results import Results, collect
 from vitnb.analysis.waterfall import TECHNIQUE_NOTES, waterfall_table
-from vitnb.data import duplicates
-from vitnb.errors import UserError
 from vitnb.figures import learning, mixed_precision, profile, tradeoffs, waterfall
-from vitnb.records.files import MB, write_file
-from vitnb.records.reader import load_records
-from vitnb.report import tables
-from vitnb.report.tables import (
-    format_accuracy,
-    format_engines,
-    format_ratios,
-    format_summary,
-    format_waterfall,
-)
+from vitnb.records.files import write_file
 from vitnb.study import Study
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+# Functions that the template may apply to a part of the results.
+FILTERS = {
+    "claim_counts": claims.claim_counts,
+    "describe_kept": plan_validation.describe_kept,
+    "describe_plan": plan_validation.describe_plan,
+    "effects_by_kind": sensitivity.effects_by_kind,
+    "format_accuracy": tables.format_accuracy,
+    "format_classes": tables.format_classes,
+    "format_engines": tables.format_engines,
+    "format_ratios": tables.format_ratios,
+    "format_summary": tables.format_summary,
+    "format_trade_off": tables.format_trade_off,
+    "format_waterfall": tables.format_waterfall,
+    "headings": lambda body: re.findall(r'<h2 id="(.+?)">(.+?)</h2>', body),
+    "main_columns": tables.main_columns,
+    "other_columns": tables.other_columns,
+    "same_program_notes": comparison.same_program_notes,
+    "sentence": lambda text: text[:1].upper() + text[1:],
+    "table": pd.DataFrame,
+    "validation_images": plan_validation.validation_images,
+    "waterfall_table": waterfall_table,
+}
+
+
+def write_report(study: Study) -> Path:
+    """Write ``report.html``, ``figures/`` and the tables that no other stage writes.
+
+    Returns the path of the page. Raises UserError if nothing was evaluated.
+    """
+    results = collect(study)
+    pictures = {name: _png(figure) for name, figure in _draw(results).items()}
+    html = _render(results, pictures)
+    _write_tables(results)
+    _write_figures(study.outputs / "figures", pictures)
+    path = study.outputs / "report.html"
+    write_file(path, html)
+    return path
+
+
+def _draw(results: Results) -> dict[str, Figure]:
+    """Draw the figures of what was measured, by the names of their files."""
+    figures = {}
+    if results.evaluated:
+        figures |= _draw_tradeoffs(results)
+    if results.finetuned:
+        history = results.finetuned["history"]
+        figures["learning"] = learning.learning_curve(history)
+    if results.ablated:
+        rows = results.ablated["rows"]
+        figures["layers"] = mixed_precision.ablation_layers(rows)
+        figures["ends"] = mixed_precision.ablation_ends(rows)
+        figures["effects"] = mixed_precision.layer_effects(results.effects)
+    for record in results.plans:
+        name = record["name"]
+        figures[f"curve-{name}"] = mixed_precision.plan_curve(record)
+        figures[f"map-{name}"] = mixed_precision.linears_map(record)
+    if results.pretrained:
+        history = results.pretrained["history"]
+        figures["base"] = learning.pretraining_curve(history)
+    if results.waterfall:
+        figures["waterfall"] = waterfall.waterfall(results.waterfall)
+    return figures
+
+
+def _draw_tradeoffs(results: Results) -> dict[str, Figure]:
+    ratios = results.ratios if results.compared else None
+    return {
+        "accuracy_latency": tradeoffs.accuracy_latency(results.summary, ratios),
+        "accuracy_size": tradeoffs.accuracy_size(results.summary),
+        "size_memory": tradeoffs.size_memory(results.summary),
+        "latency": tradeoffs.latency_distribution(results.evaluated),
+        "kernels": profile.kernel_classes(results.evaluated),
+    }
 
 
 def _png(figure: Figure) -> bytes:
@@ -47,113 +107,56 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _embed(png: bytes) -> str:
-    """A picture as a data URI, so that the page is one file."""
+def _render(results: Results, pictures: dict[str, bytes]) -> str:
+    """Return the page; pictures are embedded, so that the page is one file."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= FILTERS
+    environment.globals |= {
+        "memory_definitions": MEMORY_DEFINITIONS,
+        "technique_notes": TECHNIQUE_NOTES,
+    }
+    figures = {name: _data_uri(png) for name, png in pictures.items()}
+    template = environment.from_string(TEMPLATE.read_text())
+    return template.render(results=results, study=results.study, figures=figures)
+
+
+def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _one(found: list[dict], notebook: str) -> dict | None:
-    """The study's own record of a notebook, if it is there and whole."""
-    return next((r for r in found if r["name"] == notebook and r["status"] == "ok"), None)
+def _write_tables(results: Results) -> None:
+    folder = results.study.outputs
+    _write_csv(folder / "summary.csv", results.summary)
+    _write_csv(folder / "accuracy.csv", results.accuracy)
+    _write_csv(folder / "claims.csv", results.claims)
+    if results.ablated:
+        _write_csv(folder / "sensitivity.csv", results.effects)
+    for record in results.plans:
+        uniform_bytes = record["plan"]["uniform_bytes"]
+        table = plan_validation.trade_off(record["curve"], uniform_bytes)
+        _write_csv(folder / f"{record['name']}.csv", table)
+    names = [record["name"] for record in results.plans]
+    _remove_others(folder.glob("plan-*.csv"), names)
 
 
-def _csv(path: Path, table: pd.DataFrame) -> None:
-    write_file(path, table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL))
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    write_file(path, text)
 
 
-def _drawn(table, ratios, evaluated, finetuned, ablated, effects, planned, based, fallen) -> dict[str, Figure]:
-    """The figures of what there is, by the names of their files."""
-    found = {}
-    if evaluated:
-        found = {
-            "accuracy_latency": tradeoffs.accuracy_latency(table, ratios), "accuracy_size": tradeoffs.accuracy_size(table),
-            "size_memory": tradeoffs.size_memory(table), "latency": tradeoffs.latency_distribution(evaluated),
-            "kernels": profile.kernel_classes(evaluated),
-        }  # fmt: skip
-    if finetuned:
-        found["learning"] = learning.learning_curve(finetuned["history"])
-    if ablated:
-        rows = ablated["rows"]
-        found |= {"layers": mixed_precision.ablation_layers(rows), "ends": mixed_precision.ablation_ends(rows)}
-        found["effects"] = mixed_precision.layer_effects(effects)
-    for record in planned:
-        name = record["name"]
-        found |= {f"curve-{name}": mixed_precision.plan_curve(record), f"map-{name}": mixed_precision.linears_map(record)}
-    if based:
-        found["base"] = learning.pretraining_curve(based["history"])
-    if fallen:
-        found["waterfall"] = waterfall.waterfall(fallen)
-    return found
-
-
-def write_report(study: Study) -> Path:
-    """Write ``report.html``, ``figures/`` and the tables that are not a stage's own, such as ``summary.csv``, from the records.
-
-    Raises UserError if there are none.
-    """
-    found = load_records(study)
-    table = summary.summary_table(study)
-    if table.empty:
-        raise UserError(
-            f"study '{study.name}' has no evaluate records: run 'python -m vitnb study {study.typed}' first"
-        )
-    finetuned, inferred, turns = (_one(found, name) for name in ("finetune", "infer", "compare"))
-    # By layer or by Linear, which holds the layers too: the newest.
-    ablated = next((r for r in reversed(found) if r["notebook"] == "ablate" and r["status"] == "ok"), None)
-    based, fallen = (_one(found, name) for name in ("pretrain", "waterfall"))
-    planned, old_plans = plan_validation.current_plans(found, finetuned)
-    effects = sensitivity.part_effects(ablated["rows"]) if ablated else None
-    current = set(table[table.status == "ok"].record)
-    evaluated = [record for record in found if record["name"] in current]
-    every = comparison.ratio_table(turns) if turns else pd.DataFrame(columns=comparison.RATIO_COLUMNS)
-    times = comparison.time_table(turns) if turns else pd.DataFrame(columns=comparison.TIME_COLUMNS)
-    ratios, answers = comparison.ratios_to_baseline(every), accuracy.paired_comparison(evaluated, turns)
-    claimed = claims.claim_verdicts(claims.measured_claims(table, every, answers, ablated))
-    drawn = _drawn(table, ratios if turns else None, evaluated, finetuned, ablated, effects, planned, based, fallen)
-    pictures = {name: _png(figure) for name, figure in drawn.items()}
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
-    widths = sorted(effects.bits.unique().tolist()) if ablated else []
-    keep = {bits: sensitivity.layers_to_keep(effects, bits) for bits in widths}
-    plans = [
-        {"record": r, "told": plan_validation.describe_plan(r), "kept": plan_validation.describe_kept(r), "on": plan_validation.validation_images(r), "traded": tables.format_trade_off(r)}
-        for r in planned
-    ]
-    html = page.render(
-        study=study, table=format_summary(table), figures={name: _embed(png) for name, png in pictures.items()},
-        advice=pd.DataFrame(comparison.recommend(table, ratios, answers)), same_kernel=comparison.same_program_notes(table),
-        raced=format_ratios(ratios, times), turns=turns, pairs=len(every), answered=format_accuracy(answers), agreed=format_engines(turns), claims=claimed,
-        claim_counts=claims.claim_counts(claimed), definitions=performance.MEMORY_DEFINITIONS, roofs=_roofs(evaluated),
-        verdicts=summary.expectation_verdicts(study, summary.named_results(study)), finetuned=finetuned, inferred=inferred, ablated=ablated,
-        keep=keep, kinds=sensitivity.effects_by_kind(effects) if ablated else None,
-        depths=sensitivity.claim_sentences(ablated["rows"], widths) if ablated else [], plans=plans, old_plans=old_plans,
-        based=based, fallen=fallen, techniques=TECHNIQUE_NOTES,
-        doubles=duplicates.describe_duplicates(finetuned["duplicates"]) if finetuned and "duplicates" in finetuned else "",
-        repeated=describe_seeds(finetuned["seeds"]) if finetuned and "seeds" in finetuned else "",
-        scored=next((record.get("split", "test") for record in evaluated), "test"),
-        stepped=format_waterfall(waterfall_table(fallen)) if fallen else None, records=found, newest=found[-1], MB=MB,
-    )  # fmt: skip
-    _csv(study.outputs / "summary.csv", table)
-    _csv(study.outputs / "accuracy.csv", answers)
-    _csv(study.outputs / "claims.csv", claimed)
-    if ablated:
-        _csv(study.outputs / "sensitivity.csv", effects)
-    for record in planned:
-        _csv(study.outputs / f"{record['name']}.csv", plan_validation.trade_off(record["curve"], record["plan"]["uniform_bytes"]))
-    _keep_only(study.outputs.glob("plan-*.csv"), [record["name"] for record in planned])
+def _write_figures(folder: Path, pictures: dict[str, bytes]) -> None:
     for name, png in pictures.items():
-        write_file(study.outputs / "figures" / f"{name}.png", png)
-    _keep_only((study.outputs / "figures").glob("*.png"), pictures)
-    write_file(study.outputs / "report.html", html)
-    return study.outputs / "report.html"
+        write_file(folder / f"{name}.png", png)
+    _remove_others(folder.glob("*.png"), pictures)
 
 
-def _keep_only(made: Iterable[Path], names: Container[str]) -> None:
-    """Remove what an earlier report made of a record that is gone."""
-    for path in made:
+def _remove_others(paths: Iterable[Path], names: Container[str]) -> None:
+    """Remove files that an earlier report made from a record that is gone."""
+    for path in paths:
         if path.stem not in names:
             path.unlink()
-
-
-def _roofs(evaluated: list[dict]) -> dict[str, dict]:
-    """This machine's ceilings by computing type, from the newest record of each."""
-    return {record["dtype"]: record["roofline"] for record in evaluated}

@@ -1,4 +1,4 @@
-"""Training: LoRA adapters, their loop and exports, simple baselines, and pretraining."""
+"""Training: LoRA adapters, loop, exports, baselines and pretraining."""
 
 from vitnb import lazy_modules
 

@@ -1,4 +1,8 @@
-"""Floors: what simple classifiers reach on the same images, so that nobody takes an easy data set for a good model."""
+"""Measure baselines: simple classifiers on the same images as the fine-tuned model.
+
+An easy data set makes any model look good. A baseline shows how much of the top-1 comes
+from the data.
+"""
 
 import numpy as np
 import torch
@@ -6,6 +10,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -15,70 +20,115 @@ from vitnb.data.splits import Split
 from vitnb.models import layers, pretrained
 from vitnb.study import Study
 
-STRENGTHS = (0.01, 0.1, 1.0)  # C of a logistic regression: the smaller, the more it is held back
+# Inverse strengths of regularization, C of a logistic regression.
+INVERSE_STRENGTHS = (0.01, 0.1, 1.0)
 
 
-def measure_baselines(study: Study, train: Split, test: Split, processor) -> dict[str, float | list[int]]:
-    """The three floors, as top-1 on ``test``, and on how many images each was fitted and tested (see ``held.spread``).
+def measure_baselines(
+    study: Study, train_split: Split, test_split: Split, processor
+) -> dict[str, float | list[int]]:
+    """Return the test top-1 of all three baselines.
+
+    Images are read once. If a split does not fit into memory, a part of it is used, see
+    ``dataset.load_into_memory``.
 
     Returns:
-        pixels: of ``on_pixels``; untrained: of ``on_untrained_base``; probe: of ``on_base``; images: [fitted, tested].
+        pixels: of ``pixel_baseline``; untrained: of ``random_init_baseline``; probe: of
+        ``linear_probe``; images: how many were used, [training, test].
     """
-    seen = dataset.load_into_memory(train, processor), dataset.load_into_memory(test, processor)
+    train_images = dataset.load_into_memory(train_split, processor)
+    test_images = dataset.load_into_memory(test_split, processor)
+    class_names = train_split.class_names
     return {
-        "pixels": pixel_baseline(*seen),
-        "untrained": random_init_baseline(study, len(train.class_names), *seen),
-        "probe": linear_probe(study, train.class_names, *seen),
-        "images": [len(part) for part in seen],
+        "pixels": pixel_baseline(train_images, test_images),
+        "untrained": random_init_baseline(
+            study, len(class_names), train_images, test_images
+        ),
+        "probe": linear_probe(study, class_names, train_images, test_images),
+        "images": [len(train_images), len(test_images)],
     }
 
 
-def pixel_baseline(train: TensorDataset, test: TensorDataset) -> float:
-    """Test top-1 of a linear classifier (ridge regression on one-hot labels, scikit-learn) on the pixels themselves."""
-    rows = [part.tensors[0].flatten(1).numpy() for part in (train, test)]
-    return float(RidgeClassifier(alpha=1e3).fit(rows[0], _labels(train)).score(rows[1], _labels(test)))
+def pixel_baseline(train_images: TensorDataset, test_images: TensorDataset) -> float:
+    """Return the test top-1 of a linear classifier on the pixels.
+
+    The classifier is a ridge regression on one-hot labels (scikit-learn).
+    """
+    classifier = RidgeClassifier(alpha=1e3)
+    classifier.fit(_pixels(train_images), _labels(train_images))
+    return float(classifier.score(_pixels(test_images), _labels(test_images)))
+
+
+def random_init_baseline(
+    study: Study, classes: int, train_images: TensorDataset, test_images: TensorDataset
+) -> float:
+    """Return the test top-1 of a linear probe on the base with random weights."""
+    config = AutoConfig.from_pretrained(pretrained.find_base(study), num_labels=classes)
+    # A GPU draws the weights of a large model much faster than a CPU.
+    with devices.select_device():
+        # The config may say 16 bits.
+        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    return _probe(model.eval(), train_images, test_images)
+
+
+def linear_probe(
+    study: Study,
+    class_names: list[str],
+    train_images: TensorDataset,
+    test_images: TensorDataset,
+) -> float:
+    """Return the test top-1 of a linear probe on the frozen base.
+
+    Fine-tuning should reach at least this.
+    """
+    model = pretrained.load_base(study, class_names).eval()
+    return _probe(model, train_images, test_images)
+
+
+def _probe(
+    model: nn.Module, train_images: TensorDataset, test_images: TensorDataset
+) -> float:
+    """Return the test top-1 of a logistic regression on the features of a model.
+
+    Twofold cross-validation on the training images chooses the regularization. A probe
+    that overfits would be too weak a baseline.
+    """
+    # A tenth of this tolerance took three times as long and moved top-1 by 0.2 points
+    # at most.
+    classifier = make_pipeline(
+        StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3)
+    )
+    labels = _labels(train_images)
+    images_per_class = np.unique(labels, return_counts=True)[1]
+    if images_per_class.min() > 1:
+        choices = {"logisticregression__C": INVERSE_STRENGTHS}
+        classifier = GridSearchCV(classifier, choices, cv=2)
+    classifier.fit(_features(model, train_images), labels)
+    return float(classifier.score(_features(model, test_images), _labels(test_images)))
 
 
 @torch.no_grad()
-def _features(model, images: TensorDataset) -> np.ndarray:
-    """What the head would see, [images, hidden]."""
-    seen, on = [], devices.select_device()
-    hook = model.get_submodule(layers.head_name(model)).register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].float().cpu())
-    )
-    with devices.autocast(on):
+def _features(model: nn.Module, images: TensorDataset) -> np.ndarray:
+    """Return the inputs of the classification head, float32 [images, hidden]."""
+    features = []
+
+    def keep_input(_, inputs: tuple[torch.Tensor, ...]) -> None:
+        features.append(inputs[0].float().cpu())
+
+    device = devices.select_device()
+    head = model.get_submodule(layers.head_name(model))
+    hook = head.register_forward_pre_hook(keep_input)
+    with devices.autocast(device):
         for pixels, _ in dataset.make_batches(images, dataset.BATCH_SIZE):
-            model(pixel_values=pixels.to(on))
+            model(pixel_values=pixels.to(device))
     hook.remove()
-    return torch.cat(seen).numpy()
+    return torch.cat(features).numpy()
 
 
-def _probe(model, train: TensorDataset, test: TensorDataset) -> float:
-    """Test top-1 of a trained head (logistic regression, scikit-learn) on a frozen model.
-
-    How much it is held back is chosen by twofold cross-validation on ``train``, as a floor that overfits is no floor.
-    """
-    # A tenth of this tolerance took three times as long and moved top-1 by 0.2 points at most.
-    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
-    if np.unique(_labels(train), return_counts=True)[1].min() > 1:
-        head = GridSearchCV(head, {"logisticregression__C": STRENGTHS}, cv=2)
-    head.fit(_features(model, train), _labels(train))
-    return float(head.score(_features(model, test), _labels(test)))
+def _pixels(images: TensorDataset) -> np.ndarray:
+    """Return the pixels of each image in a row, float32 [images, numbers]."""
+    return images.tensors[0].flatten(1).numpy()
 
 
 def _labels(images: TensorDataset) -> np.ndarray:
     return images.tensors[1].numpy()
-
-
-def random_init_baseline(study: Study, classes: int, train: TensorDataset, test: TensorDataset) -> float:
-    """Test top-1 of a trained head on the base's architecture with random weights."""
-    config = AutoConfig.from_pretrained(pretrained.find_base(study), num_labels=classes)
-    with devices.select_device():  # drawn where it is used: a GPU fills a large model in no time
-        # the base itself may be in 16 bits
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32).eval()
-    return _probe(model, train, test)
-
-
-def linear_probe(study: Study, class_names: list[str], train: TensorDataset, test: TensorDataset) -> float:
-    """Test top-1 of a trained head on the frozen base, a linear probe: what fine-tuning should at least reach."""
-    return _probe(pretrained.load_base(study, class_names).eval(), train, test)

@@ -1,7 +1,9 @@
-"""Training of adapters and head: one loop, for one process or for a team that shares every batch (see ``launch``).
+"""The training loop of adapters and head, in one process or shared by several.
 
-A team learns from the same batches as one process: each takes its part of every batch, the gradients are averaged over the
-batch's images, and what the images of an epoch look like depends on the seed alone. More GPUs change the time, not the question.
+Several processes share every batch. Each takes some of its images, and the gradients
+are averaged over all images of the batch. The augmentation of an image depends on the
+seed, the epoch and the image alone. More GPUs therefore shorten a training and do not
+change what is learned.
 """
 
 import gc
@@ -12,137 +14,298 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from vitnb import devices
 from vitnb.data import dataset
 from vitnb.data.splits import Split
 from vitnb.errors import UserError
-from vitnb.study import Study
+from vitnb.study import Finetune, Study
 
-SILENCE = 60.0  # seconds in which a training says nothing, at most a batch more
-
-
-def _gather(team: Accelerator | None, value: float) -> list[float]:
-    """A number of every process, by rank, in each of them."""
-    if team is None:
-        return [value]
-    return team.gather(torch.tensor([value], dtype=torch.float64, device=team.device)).tolist()
-
-
-@torch.no_grad()
-def validation_top1(model: nn.Module, pixels: Dataset, on: torch.device, team: Accelerator | None = None) -> float:
-    """Share of right answers on a split, in evaluation mode; leaves the model in training mode.
-
-    ``team``: the processes that share the split, each image counted once.
-    """
-    model.eval()
-    right, mine = 0, pixels
-    if team is not None:
-        mine = Subset(pixels, range(team.process_index, len(pixels), team.num_processes))
-    with devices.autocast(on):
-        for images, labels in dataset.make_batches(mine, 128):
-            right += (model(pixel_values=images.to(on)).logits.argmax(-1).cpu() == labels).sum().item()
-    model.train()
-    return sum(_gather(team, right)) / len(pixels)
+SILENT_SECONDS = 60.0  # the longest time without a line of progress, plus one batch
 
 
 def train(
     model: PeftModel,
     study: Study,
     processor,
-    train: Split,
-    valid: Split,
+    train_split: Split,
+    valid_split: Split,
     *,
-    seed=0,
-    epochs=None,
+    seed: int = 0,
+    epochs: int | None = None,
     team: Accelerator | None = None,
 ) -> list[dict]:
-    """Train adapters and head; keep the epoch with the best validation top-1; return the learning curve, a row an epoch.
+    """Train adapters and head, and return the learning curve.
 
-    AdamW under a one-cycle schedule, random crops and flips, early stop after ``study.finetune.patience`` epochs
-    without a better one. fp16 (GPUs below SM80) trains with gradient scaling.
+    The optimizer is AdamW under a one-cycle schedule. Images are cropped and mirrored
+    at random. The training stops early after ``study.finetune.patience`` epochs without
+    a better validation top-1. The model ends with the weights of its best epoch.
 
     Args:
-        epochs: None for the study's own.
-        team: the processes that share every batch, of which this is one; None for this process alone.
+        seed: of the order of the images and of their augmentation.
+        epochs: how many; None for the study's own number.
+        team: the processes that share every batch; None for this process alone.
 
     Returns:
-        Rows of epoch, loss (mean over the training images), valid_top1, seconds, and peak_bytes: the most that PyTorch's
-        allocator has held on a GPU since the training began, where it held most; None on a CPU.
+        One row per epoch: epoch (from 1), loss (mean over the training images),
+        valid_top1, seconds, and peak_bytes. The last is the largest amount of memory
+        that PyTorch has allocated on any one GPU since the training began, None on a
+        CPU.
 
-    Raises UserError for fewer than one epoch, and for a loss that is not finite.
+    Raises:
+        UserError: fewer than one epoch, or a loss that is not finite.
     """
-    budget = replace(study.finetune, epochs=study.finetune.epochs if epochs is None else epochs)
-    if budget.epochs < 1:
-        raise UserError(f"epochs must be at least 1, got {budget.epochs}")
-    rank, processes = (0, 1) if team is None else (team.process_index, team.num_processes)
-    on = next(model.parameters()).device
-    images = dataset.PixelDataset(train, processor, seed, budget.crop_scale)
-    held_out = dataset.CachedDataset(dataset.PixelDataset(valid, processor))
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), lr=budget.learning_rate, weight_decay=0.01)
-    steps = -(-len(images) // budget.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, budget.learning_rate, total_steps=steps * budget.epochs, pct_start=0.2
-    )
-    scaler = torch.amp.GradScaler(on.type, enabled=devices.half_dtype(on) == torch.float16)
-    forward = model if team is None else team.prepare(model)  # PyTorch's DDP: the mean of their gradients
-    history, best, kept = [], -1.0, {}
-    if on.type == "cuda":
-        gc.collect()  # what earlier work has left would count as memory of the training
-        torch.cuda.reset_peak_memory_stats(on)
+    budget = replace(study.finetune, epochs=_num_epochs(study, epochs))
+    device = next(model.parameters()).device
+    images = dataset.PixelDataset(train_split, processor, seed, budget.crop_scale)
+    valid_images = dataset.CachedDataset(dataset.PixelDataset(valid_split, processor))
+    steps = math.ceil(len(images) / budget.batch_size)
+    optimizer = Optimizer(model, budget.learning_rate, steps * budget.epochs)
+    best = BestEpoch(model)
+    # DistributedDataParallel: every process gets the mean of the gradients.
+    forward = model if team is None else team.prepare(model)
+
+    history = []
+    _reset_peak_bytes(device)
     model.train()
-    started = heard = time.perf_counter()
-    for epoch in range(budget.epochs):
-        begin, total = time.perf_counter(), 0.0
-        images.epoch = epoch
-        batches = dataset.make_batches(images, budget.batch_size, seed * 10_000 + epoch, part=(rank, processes))
-        for step, (pixels, labels) in enumerate(batches):
-            # The last batch may be uneven, or too small for some (who then get an image that does not count): a part
-            # weighs as much as it has images.
-            whole = min(budget.batch_size, len(images) - step * budget.batch_size)
-            mine = len(range(rank, whole, processes))
-            with devices.autocast(on):
-                logits = forward(pixel_values=pixels.to(on)).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(on), label_smoothing=budget.label_smoothing)
-            optimizer.zero_grad()
-            scaler.scale(loss * (mine * processes / whole)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            total += loss.item() * mine
-            if time.perf_counter() - heard > SILENCE:
-                heard, done = time.perf_counter(), epoch * steps + step + 1
-                left = (heard - started) / done * (steps * budget.epochs - done) / 60
-                _tell(
-                    rank,
-                    f"epoch {epoch + 1:2d}/{budget.epochs}  batch {step + 1} of {steps}, at most {left:.0f} min left",
-                )
-        row = {"epoch": epoch + 1, "loss": sum(_gather(team, total)) / len(images)}
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss of epoch {epoch + 1} is {row['loss']}: lower finetune: learning_rate")
-        row["valid_top1"] = validation_top1(model, held_out, on, team)
-        row["seconds"] = round(time.perf_counter() - begin, 1)
-        row["peak_bytes"] = None
-        if on.type == "cuda":
-            row["peak_bytes"] = int(max(_gather(team, torch.cuda.max_memory_allocated(on))))
+    progress = Progress(budget.epochs, steps, silent=_rank(team) > 0)
+    for epoch in range(1, budget.epochs + 1):
+        progress.start_epoch(epoch)
+        images.epoch = epoch - 1
+        order = seed * 10_000 + epoch - 1
+        loss = train_epoch(forward, images, optimizer, budget, order, progress, team)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of epoch {epoch} is {loss}: lower finetune: learning_rate"
+            )
+        row = {
+            "epoch": epoch,
+            "loss": loss,
+            "valid_top1": validation_top1(model, valid_images, device, team),
+            "seconds": progress.epoch_seconds(),
+            "peak_bytes": _peak_bytes(device, team),
+        }
         history.append(row)
-        progress = f"epoch {epoch + 1:2d}/{budget.epochs}  loss {row['loss']:.3f}  valid top-1 {row['valid_top1']:.3f}"
-        _tell(rank, f"{progress}  {row['seconds']:.0f} s")
-        heard = time.perf_counter()
-        if row["valid_top1"] > best:
-            best, kept = row["valid_top1"], {name: p.detach().clone() for name, p in learned.items()}
-        elif epoch + 1 - max(history, key=lambda r: r["valid_top1"])["epoch"] >= budget.patience:
-            _tell(rank, f"stopped early: no better epoch for {budget.patience}")
+        progress.show_epoch(row)
+        best.update(epoch, row["valid_top1"])
+        if epoch - best.epoch >= budget.patience:
+            progress.show(f"stopped early: no better epoch for {budget.patience}")
             break
-    with torch.no_grad():
-        for name, parameter in learned.items():
-            parameter.copy_(kept[name])
+    best.restore()
     return history
 
 
-def _tell(rank: int, line: str) -> None:
-    if rank == 0:
-        print(line, flush=True)
+def train_epoch(
+    forward: nn.Module,
+    images: dataset.PixelDataset,
+    optimizer: "Optimizer",
+    budget: Finetune,
+    order: int,
+    progress: "Progress",
+    team: Accelerator | None = None,
+) -> float:
+    """Take one optimizer step for each batch, and return the mean loss of the images.
+
+    Args:
+        forward: the model, or its DistributedDataParallel.
+        order: seed of the order of the images.
+    """
+    rank, processes = _rank(team), _num_processes(team)
+    device = next(forward.parameters()).device
+    total = 0.0
+    batches = dataset.make_batches(
+        images, budget.batch_size, order, part=(rank, processes)
+    )
+    for step, (pixels, labels) in enumerate(batches):
+        # The last batch is smaller. Its parts may differ by one image, and a process
+        # whose part is empty gets an image that must not count. So the loss of a part
+        # is weighted by its number of images.
+        batch_images = min(budget.batch_size, len(images) - step * budget.batch_size)
+        own_images = len(range(rank, batch_images, processes))
+        with devices.autocast(device):
+            logits = forward(pixel_values=pixels.to(device)).logits
+        loss = nn.functional.cross_entropy(
+            logits.float(), labels.to(device), label_smoothing=budget.label_smoothing
+        )
+        optimizer.step(loss * (own_images * processes / batch_images))
+        total += loss.item() * own_images
+        progress.show_batch(step + 1)
+    return sum(_gather(team, total)) / len(images)
+
+
+@torch.no_grad()
+def validation_top1(
+    model: nn.Module,
+    images: Dataset,
+    device: torch.device,
+    team: Accelerator | None = None,
+) -> float:
+    """Return the share of correct predictions, 0 to 1, in evaluation mode.
+
+    The model is left in training mode.
+
+    Args:
+        team: the processes that share the images; each image counts once.
+    """
+    own_images = images
+    if team is not None:
+        indices = range(team.process_index, len(images), team.num_processes)
+        own_images = Subset(images, indices)
+    correct = 0
+    model.eval()
+    with devices.autocast(device):
+        for pixels, labels in dataset.make_batches(own_images, dataset.BATCH_SIZE):
+            predictions = model(pixel_values=pixels.to(device)).logits.argmax(-1)
+            correct += (predictions.cpu() == labels).sum().item()
+    model.train()
+    return sum(_gather(team, correct)) / len(images)
+
+
+class Optimizer:
+    """AdamW under a one-cycle schedule.
+
+    GPUs below SM80 compute in float16, whose small gradients would vanish. There the
+    loss is scaled up before the backward pass.
+
+    Args:
+        steps: length of the schedule.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, steps: int):
+        weights = list(trainable_weights(model).values())
+        device = weights[0].device
+        is_fp16 = devices.half_dtype(device) == torch.float16
+        self.optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.01)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, learning_rate, total_steps=steps, pct_start=0.2
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_fp16)
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step down the gradient of the loss."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+
+
+class BestEpoch:
+    """The weights of the epoch with the best validation top-1 so far."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = trainable_weights(model)
+        self.epoch = 0
+        self.top1 = -1.0
+        self.copies: dict[str, Tensor] = {}
+
+    def update(self, epoch: int, top1: float) -> None:
+        """Copy the weights if this epoch is better than all before."""
+        if top1 > self.top1:
+            self.epoch = epoch
+            self.top1 = top1
+            self.copies = {
+                name: weight.detach().clone() for name, weight in self.weights.items()
+            }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights of the best epoch back into the model."""
+        for name, weight in self.weights.items():
+            weight.copy_(self.copies[name])
+
+
+class Progress:
+    """The lines that a training prints: one an epoch, and one a minute in between.
+
+    Args:
+        silent: print nothing, in all processes of a team but the first.
+    """
+
+    def __init__(self, epochs: int, steps: int, *, silent: bool):
+        self.epochs = epochs
+        self.steps = steps
+        self.silent = silent
+        self.epoch = 0
+        self.started = self.last_line = time.perf_counter()
+
+    def start_epoch(self, epoch: int) -> None:
+        """Start the clock of an epoch."""
+        self.epoch = epoch
+        self.epoch_started = time.perf_counter()
+
+    def epoch_seconds(self) -> float:
+        """Return the seconds since the epoch began."""
+        return round(time.perf_counter() - self.epoch_started, 1)
+
+    def show_batch(self, batch: int) -> None:
+        """Estimate the time that is left, once the last line is a minute old."""
+        if time.perf_counter() - self.last_line <= SILENT_SECONDS:
+            return
+        self.last_line = time.perf_counter()
+        done = (self.epoch - 1) * self.steps + batch
+        seconds_per_batch = (self.last_line - self.started) / done
+        left = seconds_per_batch * (self.epochs * self.steps - done) / 60
+        self.show(
+            f"epoch {self.epoch:2d}/{self.epochs}  "
+            f"batch {batch} of {self.steps}, at most {left:.0f} min left"
+        )
+
+    def show_epoch(self, row: dict) -> None:
+        """Print a row of the learning curve."""
+        self.show(
+            f"epoch {row['epoch']:2d}/{self.epochs}  loss {row['loss']:.3f}  "
+            f"valid top-1 {row['valid_top1']:.3f}  {row['seconds']:.0f} s"
+        )
+        self.last_line = time.perf_counter()
+
+    def show(self, line: str) -> None:
+        """Print a line, unless this process is silent."""
+        if not self.silent:
+            print(line, flush=True)
+
+
+def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that a training changes, by their full names."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def _num_epochs(study: Study, asked: int | None) -> int:
+    epochs = study.finetune.epochs if asked is None else asked
+    if epochs < 1:
+        raise UserError(f"epochs must be at least 1, got {epochs}")
+    return epochs
+
+
+def _rank(team: Accelerator | None) -> int:
+    return 0 if team is None else team.process_index
+
+
+def _num_processes(team: Accelerator | None) -> int:
+    return 1 if team is None else team.num_processes
+
+
+def _gather(team: Accelerator | None, value: float) -> list[float]:
+    """Return the values of all processes, by rank, in each process."""
+    if team is None:
+        return [value]
+    own_value = torch.tensor([value], dtype=torch.float64, device=team.device)
+    return team.gather(own_value).tolist()
+
+
+def _reset_peak_bytes(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()  # memory of earlier work would count as memory of the training
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_bytes(device: torch.device, team: Accelerator | None) -> int | None:
+    if device.type != "cuda":
+        return None
+    return int(max(_gather(team, torch.cuda.max_memory_allocated(device))))

@@ -1,6 +1,7 @@
-"""Fine-tuning: LoRA (arXiv:2106.09685) or QLoRA (arXiv:2305.14314) with a trained head, and the three exports.
+"""Fine-tune with LoRA (arXiv:2106.09685) or QLoRA (arXiv:2305.14314), and export.
 
-Only the adapters and the head are trained (see ``training``). The head must be: a new one that stays frozen gives chance.
+The adapters and the classification head are trained, and nothing else (see ``loop``). A
+new head must be trained: a random one gives the accuracy of guessing.
 """
 
 import tempfile
@@ -16,22 +17,28 @@ from vitnb.records.files import new_folder
 from vitnb.study import Study
 
 
-def targets(model: nn.Module, asked: str) -> list[str]:
-    """Full names of the Linears that get an adapter.
+def find_targets(model: nn.Module, asked: str) -> list[str]:
+    """Return the full names of the Linears that get an adapter.
 
-    ``asked``: ``all`` (every Linear but the head), or names separated by commas, each a part of the path of some
-    Linears: ``attention``, ``mlp``, ``q_proj``, ``fc1`` ... Raises UserError for one that matches none.
+    Args:
+        asked: ``all`` for every Linear but the head, or names separated by commas:
+            ``attention``, ``mlp``, ``q_proj``, ``fc1`` ... A name chooses each Linear
+            that has it as a part of its path.
+
+    Raises:
+        UserError: a name that chooses no Linear.
     """
     names = list(layers.quantizable(model))
     if asked == "all":
         return names
     chosen = set()
     for part in asked.replace(" ", "").split(","):
-        matched = {name for name in names if part in name.split(".")}
-        if not matched:
-            known = ["all", *dict.fromkeys(p for name in names for p in name.split(".") if not p.isdigit())]
-            raise UserError(f"targets: no Linear is called '{part}': {suggest(part, known)}")
-        chosen |= matched
+        matches = {name for name in names if part in name.split(".")}
+        if not matches:
+            parts = [p for name in names for p in name.split(".") if not p.isdigit()]
+            hint = suggest(part, ["all", *dict.fromkeys(parts)])
+            raise UserError(f"targets: no Linear is called '{part}': {hint}")
+        chosen |= matches
     return [name for name in names if name in chosen]
 
 
@@ -39,24 +46,29 @@ def add_adapters(
     study: Study,
     class_names: list[str],
     *,
-    rank=8,
-    alpha=32,
-    dropout=None,
-    target="all",
-    base_precision="fp32",
-    gradient_checkpointing=False,
-    seed=None,
+    rank: int = 8,
+    alpha: int = 32,
+    dropout: float | None = None,
+    targets: str = "all",
+    base_precision: str = "fp32",
+    gradient_checkpointing: bool = False,
+    seed: int | None = None,
 ) -> PeftModel:
-    """The study's base with LoRA adapters and a fresh head that is trained with them.
+    """Load the study's base, and add LoRA adapters and a head to be trained.
 
     Args:
-        rank, alpha: of the adapters, whose product is scaled by alpha / rank.
+        rank: of the adapters.
+        alpha: an adapter's product is scaled by alpha / rank.
         dropout: before the adapters; None for ``study.finetune.dropout``.
-        target: which Linears get one, see ``targets``.
-        base_precision: ``fp32`` (LoRA), ``nf4`` or ``int8`` (QLoRA: the frozen base is quantized while training).
-        gradient_checkpointing: trade time for memory by computing activations twice.
-        seed: of adapters and head, and of what dropout draws afterwards, whatever was drawn before; None: PyTorch's generators
-            as they are.
+        targets: which Linears get an adapter, see ``find_targets``.
+        base_precision: ``fp32`` (LoRA), or ``nf4`` or ``int8`` (QLoRA: the frozen base
+            is quantized during the training).
+        gradient_checkpointing: save memory by computing activations twice.
+        seed: of adapters, head and the dropout of the training; None to leave
+            PyTorch's generators as they are.
+
+    Raises:
+        UserError: a rank below 1, or an unknown target or precision.
     """
     if rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}")
@@ -64,51 +76,76 @@ def add_adapters(
         torch.manual_seed(seed)
     model = pretrained.load_base(study, class_names, base_precision)
     if model.replaced_classes:
-        print(f"the base's head, for {model.replaced_classes} classes, is replaced by a new one for {len(class_names)}")
-    head, chosen = layers.head_name(model), targets(model, target)
+        print(
+            f"the base's head, for {model.replaced_classes} classes, "
+            f"is replaced by a new one for {len(class_names)}"
+        )
+    head = layers.head_name(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=study.finetune.dropout if dropout is None else dropout,
         bias="none",
-        target_modules=chosen,
+        target_modules=find_targets(model, targets),
         modules_to_save=[head],
     )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     return get_peft_model(model, config)
 
 
-def count_trained(model: nn.Module) -> dict[str, int]:
-    """How many parameters are trained, in the adapters and in the head, and how many there are; and linears: Linears with an adapter."""
+def count_trained(model: PeftModel) -> dict[str, int]:
+    """Count the parameters that are trained.
+
+    Returns:
+        Parameters of the adapters, of the head, and of all the model; linears is the
+        number of Linears with an adapter.
+    """
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     adapters = sum(size for name, size in sizes.items() if "lora_" in name)
+    linears = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return {
-        "adapters": adapters, "head": sum(sizes.values()) - adapters, "all": model.get_nb_trainable_parameters()[1],
-        "linears": sum(isinstance(module, LoraLayer) for module in model.modules()),
-    }  # fmt: skip
+        "adapters": adapters,
+        "head": sum(sizes.values()) - adapters,
+        "all": model.get_nb_trainable_parameters()[1],
+        "linears": len(linears),
+    }
 
 
 def merge_adapters(model: PeftModel, study: Study, class_names: list[str]) -> nn.Module:
-    """Fold the adapters into the full-precision base, also those that were trained on a quantized one (QLoRA)."""
+    """Return the base in full precision with the adapters added to its weights.
+
+    Adapters that were trained on a quantized base (QLoRA) are merged into the base in
+    full precision, too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         base = pretrained.load_base(study, class_names)
         return PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
 
 
-def export_checkpoints(model: PeftModel, study: Study, processor, class_names: list[str]) -> dict[str, int]:
-    """Write ``checkpoints/merged`` (fp32), ``nf4`` and ``int8``, all three or none; return their bytes on disk.
+def export_checkpoints(
+    model: PeftModel, study: Study, processor, class_names: list[str]
+) -> dict[str, int]:
+    """Write the checkpoints merged (fp32), nf4 and int8, all three or none.
 
-    Each holds weights (safetensors), class names and preprocessing, and loads with plain transformers.
+    Each holds weights (safetensors), class names and preprocessing, and loads with
+    plain transformers.
+
+    Returns:
+        The bytes of each checkpoint on disk.
     """
     final = study.outputs / "checkpoints"
     with new_folder(final) as part:
         merged = merge_adapters(model, study, class_names)
-        merged.set_attn_implementation("sdpa")  # a name that transformers knows without this package
+        # A name that transformers knows without this package.
+        merged.set_attn_implementation("sdpa")
         merged.save_pretrained(part / "merged")
+        skip = quantization.modules_to_skip(merged)
         for weights in ("nf4", "int8"):
-            export.save_quantized(part / "merged", part / weights, weights, quantization.modules_to_skip(merged))
+            export.save_quantized(part / "merged", part / weights, weights, skip)
         for name in export.EXPORTS:
             processor.save_pretrained(part / name)
     return {name: checkpoints.disk_bytes(final / name) for name in export.EXPORTS}

@@ -1,13 +1,10 @@
-"""Pretraining of a base model: a ViT learns 800 species of the synthetic garden, from scratch.
+"""Pretrain a ViT from scratch on drawn flowers, as the base model of studies.
 
-None of them is a species of a study. The images are drawn while it trains, on the same device, and never twice; so it
-cannot learn them by heart, and what it has learned is measured on fresh drawings. The number of steps sets the length,
-not the clock, so that it can be repeated. What comes out is a checkpoint folder without a classifier: the study puts
-its own head on it.
-
-Drawn flowers as a model reads them: fresh ones without end, resized as the saved preprocessor resizes pictures.
-
-The model card of a base that was pretrained on the garden: what it is, how it was made, how to make it again.
+The model learns 800 species of the synthetic garden, none of which is in a study. Every
+image is drawn for one step, on the device that trains. So the model cannot learn images
+by heart, and its accuracy is measured on fresh drawings. The number of steps sets the
+length of the training, so that other machines can repeat it. The result is a checkpoint
+without a classifier, with a model card.
 """
 
 import math
@@ -17,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import transformers
 from torch import Tensor
+from torch.nn import functional
 from transformers import ViTForImageClassification
 
 from vitnb import devices
@@ -29,247 +25,375 @@ from vitnb.models import checkpoints
 from vitnb.records import run as records_run
 from vitnb.study import Pretrain
 from vitnb.training import pretrain_vit
+from vitnb.training.model_card import model_card
 
-WEIGHT_DECAY, LABEL_SMOOTHING = 0.05, 0.1
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.1
+
+SETTLED = 10  # steps after which the speed is steady
+TIMED = 30  # steps after which the speed is judged for the first time
+# Images that are drawn at once. A drawing takes hundreds of small GPU kernels, and few
+# images would not keep a GPU busy.
+DRAWN_TOGETHER = 1024
 
 
-SETTLED, TIMED = 10, 30  # steps after which the speed is taken for steady, and after which it is first judged
+def pretrain_for_study(study_name: str) -> Path:
+    """Pretrain the base of a study, write the record ``pretrain``; return its folder.
 
-
-def pretrain_for_study(asked: str) -> Path:
-    """Make the base that a study pretrains itself, and its record `pretrain`; returns the base's folder.
-
-    Raises UserError for a study without a `pretrain` section, and as `pretrain` does.
+    Raises:
+        UserError: a study without a ``pretrain`` section, and as ``pretrain`` does.
     """
-    run = records_run.begin("pretrain", asked)
+    run = records_run.begin("pretrain", study_name)
     study = run.study
     if study.pretrain is None:
-        raise UserError(f"study '{study.name}' has no pretrain section: its base is {study.base}")
-    command = f"python -m vitnb pretrain {study.typed}"
-    found = pretrain(study.own_base, study.pretrain, seed=run.seed, device=devices.select_device(), command=command)
-    run.save(**found, base_sha256=checkpoints.fingerprint(study.own_base))
+        raise UserError(
+            f"study '{study.name}' has no pretrain section: its base is {study.base}"
+        )
+    results = pretrain(
+        study.own_base,
+        study.pretrain,
+        seed=run.seed,
+        device=devices.select_device(),
+        command=f"python -m vitnb pretrain {study.typed}",
+    )
+    run.save(**results, base_sha256=checkpoints.fingerprint(study.own_base))
     return study.own_base
 
 
-def pretrain(out: str | Path, asked: Pretrain | None = None, *, seed: int = 0, device: str | torch.device = "cuda",
-             command: str = "", compile: bool = True) -> dict:  # fmt: skip
-    """Train a ViT from scratch on the pretraining species, save it to `out`, and return what `train` found.
+def pretrain(
+    folder: str | Path,
+    settings: Pretrain | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cuda",
+    command: str = "",
+    compile: bool = True,
+) -> dict:
+    """Train a ViT from scratch and save it; return the results, see ``train_base``.
 
-    `out` gets the backbone (fp16), `preprocessor_config.json` and a model card, whole or not at all. Without `asked` it
-    is the embedded base. `command` is what the card says makes it again.
+    The folder gets the backbone (float16), ``preprocessor_config.json`` and a model
+    card, whole or not at all.
+
+    Args:
+        settings: None for those of the base that comes with this repository.
+        command: to make the base again, for the model card.
 
     Raises:
-        UserError: there is something at `out` (before any work), or the steps would take more than `asked.minutes`.
+        UserError: the folder holds something already (before any work), or the steps
+            would take more than ``settings.minutes``.
     """
-    out, asked = Path(out), asked or Pretrain()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists: remove it, or name another folder")
-    model, found = train_base(asked, seed=seed, device=device, compile=compile)
-    command = command or f"python -m vitnb pretrain --steps {asked.steps} --batch-size {asked.batch_size} --seed {seed}"
-    pretrain_vit.save_base(
-        model, model_card(asked, found, seed=seed, command=command, decay=WEIGHT_DECAY, smoothing=LABEL_SMOOTHING), out
+    folder = Path(folder)
+    settings = settings or Pretrain()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists: remove it, or name another folder")
+    model, results = train_base(settings, seed=seed, device=device, compile=compile)
+    command = command or (
+        f"python -m vitnb pretrain --steps {settings.steps} "
+        f"--batch-size {settings.batch_size} --seed {seed}"
     )
-    return found
+    card = model_card(
+        settings,
+        results,
+        seed=seed,
+        command=command,
+        weight_decay=WEIGHT_DECAY,
+        label_smoothing=LABEL_SMOOTHING,
+    )
+    pretrain_vit.save_base(model, card, folder)
+    return results
 
 
-def train_base(asked: Pretrain, *, seed: int = 0, device: str | torch.device = "cuda",
-          compile: bool = True) -> tuple[ViTForImageClassification, dict]:  # fmt: skip
-    """Train as `asked` and return the model and, for a record, its learning curve and its held-out top-1 (0 to 1).
+def train_base(
+    settings: Pretrain,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cuda",
+    compile: bool = True,
+) -> tuple[ViTForImageClassification, dict]:
+    """Train a ViT in bfloat16 autocast.
 
-    In bf16 autocast. `compile` speeds up a GPU with torch.compile, and falls back to eager where that fails. Raises
-    UserError as soon as the steps turn out to take more than `asked.minutes`.
+    Args:
+        compile: use torch.compile on a GPU; eager where compilation fails.
+
+    Returns:
+        The model and its results: the learning curve ``history``, the last ``loss``,
+        ``held_out_top1`` (0 to 1) and what the model card tells.
+
+    Raises:
+        UserError: the steps turn out to take more than ``settings.minutes``.
     """
-    on, begin = torch.device(device), time.perf_counter()
+    device = torch.device(device)
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # tf32
-    model = pretrain_vit.build_vit(asked).to(on)
-    patches, kept = model.vit.embeddings.patch_embeddings.num_patches, pretrain_vit.num_kept(model, asked.keep_tokens)
-    if compile and on.type == "cuda":
-        pretrain_vit.compile_layers(model, asked.batch_size, None if kept == patches else kept)
-    optimizer, schedule = make_optimizer(model, asked)
-    generator = torch.Generator(on).manual_seed(seed)
-    pictures = drawn_batches(asked, generator, seed, mirror=True)
-    other_poses = torch.Generator(on).manual_seed(seed + 1_000_003)
-    held_out = drawn_batches(asked, other_poses, seed)
-    losses, history = deque(maxlen=min(asked.steps, 100)), []
-    every, settled = max(losses.maxlen, asked.steps // 25), begin
-    since, counted = begin, 0
-    for step in range(1, asked.steps + 1):
-        pixels, labels = next(pictures)
-        part = None
-        if kept < patches and step <= asked.steps - asked.full_steps:
-            part = pretrain_vit.sample_patches(asked.batch_size, patches, kept, generator)
-        with torch.autocast(on.type, torch.bfloat16):
-            logits = pretrain_vit.forward_subset(model, pixels, part)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+    progress = Progress(settings, device)
+    model = pretrain_vit.build_vit(settings).to(device)
+    patches = model.vit.embeddings.patch_embeddings.num_patches
+    kept = pretrain_vit.num_kept(model, settings.keep_tokens)
+    if compile and device.type == "cuda":
+        subset_size = kept if kept < patches else None
+        pretrain_vit.compile_layers(model, settings.batch_size, subset_size)
+    optimizer, schedule = make_optimizer(model, settings)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawings = drawn_batches(settings, generator, seed, mirror=True)
+    other_generator = torch.Generator(device).manual_seed(seed + 1_000_003)
+    held_out = drawn_batches(settings, other_generator, seed)
+    full_cost = (patches + 1) / (kept + 1)  # of a step with all tokens
+
+    for step in range(1, settings.steps + 1):
+        pixels, labels = next(drawings)
+        subset = None
+        if kept < patches and step <= settings.steps - settings.full_steps:
+            subset = pretrain_vit.sample_patches(len(pixels), patches, kept, generator)
+        loss = _training_loss(model, pixels, labels, subset)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
-        if step == SETTLED:
-            settled = _now(on)
-        if step == TIMED or step % every == 0:
-            check_time_budget(asked, (patches + 1) / (kept + 1), step, _now(on) - begin, _now(on) - settled)
-        if step % every == 0 or step == asked.steps:
-            now = _now(on)
-            row = {"step": step, "loss": torch.stack([*losses]).mean().item(), "held_out_top1": held_out_top1(model, held_out, 1),
-                   "images_per_second": (step - counted) * asked.batch_size / (now - since),
-                   "minutes": (now - begin) / 60}  # fmt: skip
-            print(f"step {step}/{asked.steps}  loss {row['loss']:.4f}  held-out top-1 {row['held_out_top1']:.4f}  "
-                  f"{row['images_per_second']:,.0f} images/s  {row['minutes']:.2f} min", flush=True)  # fmt: skip
-            history.append(row)
-            since, counted = _now(on), step
-    minutes, batches = (_now(on) - begin) / 60, 16 if asked.steps >= 1000 else 4
-    found = {
-        "history": history, "loss": history[-1]["loss"], "held_out_top1": held_out_top1(model, held_out, batches),
-        "held_out_images": batches * asked.batch_size, "minutes": minutes, "warmup_steps": num_warmup_steps(asked),
+        progress.add(step, loss.detach(), full_cost)
+        if progress.is_due(step):
+            progress.show(step, held_out_top1(model, held_out, 1))
+    return model, _results(model, settings, held_out, progress)
+
+
+def _training_loss(
+    model: ViTForImageClassification,
+    pixels: Tensor,
+    labels: Tensor,
+    kept: Tensor | None,
+) -> Tensor:
+    """Return the cross-entropy with label smoothing, from the kept patches alone."""
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        logits = pretrain_vit.forward_subset(model, pixels, kept)
+    return functional.cross_entropy(
+        logits.float(), labels, label_smoothing=LABEL_SMOOTHING
+    )
+
+
+def _results(
+    model: ViTForImageClassification,
+    settings: Pretrain,
+    held_out: Iterator[tuple[Tensor, Tensor]],
+    progress: "Progress",
+) -> dict:
+    """Measure the trained model; return the results for the record and the card."""
+    minutes = progress.minutes()
+    on_gpu = model.device.type == "cuda"
+    batches = 16 if settings.steps >= 1000 else 4
+    results = {
+        "history": progress.history,
+        "loss": progress.history[-1]["loss"],
+        "held_out_top1": held_out_top1(model, held_out, batches),
+        "held_out_images": batches * settings.batch_size,
+        "minutes": minutes,
+        "warmup_steps": num_warmup_steps(settings),
         "parameters": sum(p.numel() for p in model.vit.parameters()),
-        "device": torch.cuda.get_device_name() if on.type == "cuda" else "CPU",
-    }  # fmt: skip
-    print(f"held-out top-1 {found['held_out_top1']:.4f} on {found['held_out_images']:,} fresh drawings", flush=True)
-    return model, found
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+    }
+    print(
+        f"held-out top-1 {results['held_out_top1']:.4f} "
+        f"on {results['held_out_images']:,} fresh drawings",
+        flush=True,
+    )
+    return results
 
 
-def num_warmup_steps(asked: Pretrain) -> int:
-    """The steps until the peak rate; beyond a rate of 3e-4 the loss climbs now and then."""
-    return max(1, min(asked.warmup_steps, asked.steps // 4))
+class Progress:
+    """The learning curve, a row for about every 25th of the steps, and the time used.
+
+    Attributes:
+        history: rows of step, loss (mean of the last steps, at most 100),
+            held_out_top1, images_per_second and minutes.
+    """
+
+    def __init__(self, settings: Pretrain, device: torch.device):
+        self.settings = settings
+        self.device = device
+        self.losses = deque(maxlen=min(settings.steps, 100))
+        self.every = max(self.losses.maxlen, settings.steps // 25)
+        self.history: list[dict] = []
+        self.last_step = 0
+        self.begin = self.settled = self.last_time = self._now()
+
+    def minutes(self) -> float:
+        return (self._now() - self.begin) / 60
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a row of the learning curve is due after a step."""
+        return step % self.every == 0 or step == self.settings.steps
+
+    def add(self, step: int, loss: Tensor, full_cost: float) -> None:
+        """Keep the loss of a step, and raise UserError if the time will not do."""
+        self.losses.append(loss)
+        if step == SETTLED:
+            self.settled = self._now()
+        if step == TIMED or step % self.every == 0:
+            now = self._now()
+            check_time_budget(
+                self.settings, full_cost, step, now - self.begin, now - self.settled
+            )
+
+    def show(self, step: int, top1: float) -> None:
+        """Add a row to the learning curve and print it."""
+        now = self._now()
+        images = (step - self.last_step) * self.settings.batch_size
+        row = {
+            "step": step,
+            "loss": torch.stack([*self.losses]).mean().item(),
+            "held_out_top1": top1,
+            "images_per_second": images / (now - self.last_time),
+            "minutes": (now - self.begin) / 60,
+        }
+        self.history.append(row)
+        print(
+            f"step {step}/{self.settings.steps}  loss {row['loss']:.4f}  "
+            f"held-out top-1 {row['held_out_top1']:.4f}  "
+            f"{row['images_per_second']:,.0f} images/s  {row['minutes']:.2f} min",
+            flush=True,
+        )
+        self.last_step = step
+        self.last_time = self._now()
+
+    def _now(self) -> float:
+        """Return seconds on a clock, after all work of the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def num_warmup_steps(settings: Pretrain) -> int:
+    """Return the number of steps until the peak learning rate, at most a quarter.
+
+    A peak above 3e-4 makes the loss climb now and then.
+    """
+    return max(1, min(settings.warmup_steps, settings.steps // 4))
 
 
 def make_optimizer(
-    model: ViTForImageClassification, asked: Pretrain
+    model: ViTForImageClassification, settings: Pretrain
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, and its learning rate over the steps: linear to the peak, then a cosine to 0."""
-    groups = ([], [])  # weights decay; biases, norms and tokens do not
-    for parameter in model.parameters():
-        groups[parameter.ndim not in (2, 4)].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": WEIGHT_DECAY},
-                                   {"params": groups[1], "weight_decay": 0.0}],
-                                  lr=asked.learning_rate, betas=(0.9, 0.98), fused=model.device.type == "cuda")  # fmt: skip
-    warmup = num_warmup_steps(asked)
-    decay = max(1, asked.steps - warmup)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, s - warmup) / decay))
+    """Return AdamW and its schedule: linear to the peak rate, then a cosine to 0."""
+    parameters = list(model.parameters())
+    weights = [p for p in parameters if p.ndim in (2, 4)]
+    others = [p for p in parameters if p.ndim not in (2, 4)]  # biases, norms, tokens
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": weights, "weight_decay": WEIGHT_DECAY},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+        fused=model.device.type == "cuda",
     )
-    return optimizer, schedule
+    warmup = num_warmup_steps(settings)
+    decay = max(1, settings.steps - warmup)
+
+    def share_of_peak(step: int) -> float:
+        cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / decay)
+        return min((step + 1) / warmup, cosine)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
 
 @torch.inference_mode()
-def held_out_top1(model: ViTForImageClassification, pictures: Iterator[tuple[Tensor, Tensor]], batches: int) -> float:
-    """Top-1 in [0, 1] on the next `batches` of drawings, with all of their patches."""
+def held_out_top1(
+    model: ViTForImageClassification,
+    drawings: Iterator[tuple[Tensor, Tensor]],
+    batches: int,
+) -> float:
+    """Return the top-1, 0 to 1, on the next batches of drawings, with all patches."""
+    correct = 0
+    images = 0
     model.eval()
-    right, of = 0, 0
-    with torch.compiler.set_stance("force_eager"):  # another compilation would take longer
+    # The shapes differ from those of the training. Compiling again would take longer.
+    with torch.compiler.set_stance("force_eager"):
         for _ in range(batches):
-            pixels, labels = next(pictures)
+            pixels, labels = next(drawings)
             with torch.autocast(pixels.device.type, torch.bfloat16):
-                right += (pretrain_vit.forward_subset(model, pixels).argmax(-1) == labels).sum()
-            of += len(labels)
+                logits = pretrain_vit.forward_subset(model, pixels)
+            correct += (logits.argmax(-1) == labels).sum()
+            images += len(labels)
     model.train()
-    return float(right) / of
+    return float(correct) / images
 
 
-def check_time_budget(asked: Pretrain, full: float, step: int, spent: float, steady: float) -> None:
-    """Raise UserError, with the steps that fit, if those after `step` would end later than `asked.minutes`.
+def check_time_budget(
+    settings: Pretrain, full_cost: float, step: int, spent: float, steady: float
+) -> None:
+    """Raise UserError if the remaining steps would end after ``settings.minutes``.
+
+    The message says how many steps would fit.
 
     Args:
-        full: how many times longer a step with all tokens takes.
+        full_cost: the time of a step with all tokens, relative to one with the kept
+            tokens.
+        step: number of steps that are done.
         spent: seconds since the begin.
-        steady: seconds of these since step SETTLED.
+        steady: seconds since step ``SETTLED``.
     """
 
-    def left(step: int) -> float:
-        """What remains after a step, in steps of the shorter kind."""
-        whole = min(asked.full_steps, asked.steps - step)
-        return asked.steps - step - whole + full * whole
+    def cost_after(step: int) -> float:
+        """Return the cost of the steps after one, in steps with the kept tokens."""
+        full_steps = min(settings.full_steps, settings.steps - step)
+        return settings.steps - step - full_steps + full_cost * full_steps
 
-    if not asked.minutes or step <= SETTLED or step == asked.steps:
+    if not settings.minutes or step <= SETTLED or step == settings.steps:
         return
-    pace = steady / (left(SETTLED) - left(step))
-    needed = spent + pace * left(step)
-    if needed > 60 * asked.minutes:
-        fit = max(0, int(asked.steps - (needed - 60 * asked.minutes) / pace))
-        raise UserError(f"{asked.steps} steps would take {needed / 60:.1f} minutes, more than {asked.minutes:g}: "
-                        f"about {fit} would fit")  # fmt: skip
+    seconds_per_step = steady / (cost_after(SETTLED) - cost_after(step))
+    needed = spent + seconds_per_step * cost_after(step)
+    excess = needed - 60 * settings.minutes
+    if excess > 0:
+        possible = max(0, int(settings.steps - excess / seconds_per_step))
+        raise UserError(
+            f"{settings.steps} steps would take {needed / 60:.1f} minutes, "
+            f"more than {settings.minutes:g}: about {possible} would fit"
+        )
 
 
-def _now(on: torch.device) -> float:
-    """Seconds on a clock, once the device is done."""
-    if on.type == "cuda":
-        torch.cuda.synchronize(on)
-    return time.perf_counter()
+def drawn_batches(
+    settings: Pretrain, generator: torch.Generator, seed: int, mirror: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw fresh images without end.
 
+    Args:
+        generator: of species and poses; its device draws.
+        seed: of the garden, which decides what the species look like.
+        mirror: mirror half of the images.
 
-TOGETHER = 1024  # images drawn at once: a drawing is hundreds of small kernels, which few images would not fill
-
-
-def drawn_batches(asked: Pretrain, generator: torch.Generator, seed: int,
-            mirror: bool = False) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Fresh drawings without end, in batches as `to_pixels` returns them, with labels int64 [batch]; `mirror`: half of them."""
-    size, on = asked.batch_size, generator.device
-    together = size * max(1, TOGETHER // size)
+    Yields:
+        Pixels as ``to_pixels`` returns them, and labels int64 [batch].
+    """
+    size = settings.batch_size
+    count = size * max(1, DRAWN_TOGETHER // size)
     while True:
-        images, labels = garden.pretraining_batch(together, generator, asked.drawn_size, seed)
+        images, labels = garden.pretraining_batch(
+            count, generator, settings.drawn_size, seed
+        )
         if mirror:
-            images = torch.where(
-                torch.rand(together, 1, 1, 1, generator=generator, device=on) < 0.5, images.flip(2), images
+            chances = torch.rand(
+                count, 1, 1, 1, generator=generator, device=generator.device
             )
-        for some, named in zip(images.split(size), labels.split(size), strict=True):
-            yield to_pixels(some, asked.image_size), named
+            images = torch.where(chances < 0.5, images.flip(2), images)
+        batches = zip(images.split(size), labels.split(size), strict=True)
+        for batch, batch_labels in batches:
+            yield to_pixels(batch, settings.image_size), batch_labels
 
 
 def to_pixels(images: Tensor, side: int) -> Tensor:
-    """uint8 [n, h, w, 3] to float32 [n, 3, side, side] in [-1, 1], as the saved preprocessor does.
+    """Resize and normalize drawings as the saved preprocessor does.
 
-    Pillow's bilinear filter to within one grey level of 255: it rounds once more, between rows and columns.
+    The filter is Pillow's bilinear one, to within one grey level of 255: Pillow rounds
+    once more, between rows and columns.
+
+    Args:
+        images: uint8 [n, height, width, 3].
+
+    Returns:
+        float32 [n, 3, side, side], in [-1, 1].
     """
     pixels = images.permute(0, 3, 1, 2).float()
     if pixels.shape[-1] != side:
-        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).round()
+        pixels = functional.interpolate(
+            pixels, (side, side), mode="bilinear", antialias=True
+        ).round()
     return pixels / 127.5 - 1.0
-
-
-CARD = """\
----
-tags: [image-classification, vit, synthetic]
----
-# garden-vit, {millions:.1f}M parameters: a base model of vitnb
-
-**Synthetic data only.** This Vision Transformer has seen no photograph: it was trained from scratch on flowers drawn
-by `vitnb.garden`, of {species} invented species, none of which is among the {study} species of the study. It is a
-stand-in for a pretrained ViT, made to be fine-tuned and quantized offline; it knows nothing of real flowers.
-
-| | |
-|---|---|
-| architecture | ViT, {layers} layers, hidden {hidden}, {heads} heads, MLP {intermediate}, patch {patch}, {image} px |
-| parameters | {parameters:,} without the classifier; stored in fp16 |
-| data | {species} species, {seen:,} images drawn once each{drawn}, half mirrored (seed {seed}, variation {variation}) |
-| steps x batch | {steps:,} x {batch}{tokens} |
-| optimizer | AdamW, peak learning rate {rate:g}, weight decay {decay:g}, warm-up {warmup} steps, then cosine to 0 |
-| initialization | transformers' own{residual} |
-| loss | cross-entropy, label smoothing {smoothing:g}; {loss:.4f} at the end |
-| held-out top-1 | {accuracy:.2%} on {held_out:,} fresh drawings of the {species} species |
-| made on | {device}, bf16 autocast, in {minutes:.1f} minutes |
-| software | torch {torch}, transformers {transformers} |
-
-Make it again: `{command}`
-"""
-
-
-def model_card(asked: Pretrain, found: dict, *, seed: int, command: str, decay: float, smoothing: float) -> str:
-    """The card in Markdown, from what was asked and what `pretrain.train` found."""
-    share = (
-        f"; {asked.keep_tokens:.0%} of the patches kept at random, all of them in the last {asked.full_steps:,} steps"
-    )
-    return CARD.format(
-        millions=found["parameters"] / 1e6, parameters=found["parameters"], layers=asked.layers, hidden=asked.hidden_size,
-        heads=asked.heads, intermediate=4 * asked.hidden_size, patch=asked.patch_size, image=asked.image_size,
-        species=garden.PRETRAINING_SPECIES, study=garden.STUDY_SPECIES, seen=asked.steps * asked.batch_size, seed=seed,
-        drawn="" if asked.drawn_size == asked.image_size else f" at {asked.drawn_size} px and resized",
-        variation=garden.VARIATION, steps=asked.steps, batch=asked.batch_size, tokens=share if asked.keep_tokens < 1 else "",
-        rate=asked.learning_rate, decay=decay, warmup=found["warmup_steps"], smoothing=smoothing, loss=found["loss"],
-        residual="" if asked.residual_scale == 1 else f", but {asked.residual_scale:g} times in the last Linear of each branch",
-        accuracy=found["held_out_top1"], held_out=found["held_out_images"], device=found["device"],
-        minutes=found["minutes"], torch=torch.__version__, transformers=transformers.__version__, command=command,
-    )  # fmt: skip

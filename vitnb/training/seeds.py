@@ -1,7 +1,8 @@
-"""Repeats: the same training with other seeds. One says little of a method: its seed decides a part of the result.
+"""Train with several seeds, to see how much of a result the seed decides.
 
-The first training is the one that is exported, decided before any is judged; the others are judged on validation images and
-thrown away. So nothing is chosen among them, and the test is touched by one model only.
+The training with the first seed is exported. This choice is made before any result is
+known. The other trainings are judged on validation images and thrown away. No training
+is therefore chosen by its result, and one model alone sees the test images.
 """
 
 import gc
@@ -17,31 +18,48 @@ from vitnb.training import distributed, lora
 def train_seeds(
     study: Study,
     processor,
-    train: Split,
-    valid: Split,
+    train_split: Split,
+    valid_split: Split,
     first: list[dict],
     *,
-    seed=0,
-    seeds=None,
-    epochs=None,
-    processes=1,
+    seed: int = 0,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    processes: int = 1,
     **adapters,
 ) -> list[dict]:
-    """Train anew with the seeds after the first one's, on the same images; a row a seed (see ``row``), the first among them.
+    """Train with the seeds after ``seed``, on the same images.
+
+    Initial weights and dropout of each training depend on its own seed alone.
 
     Args:
         first: the learning curve of the training with ``seed``.
-        seeds: how many trainings there are, with the first; None for the study's own.
-        epochs, processes: as ``launch.train`` takes them.
-        adapters: as ``finetune.with_adapters`` takes them. Each model, and what its dropout draws, follows from its seed alone.
+        seeds: number of trainings, the first included; None for the study's own number.
+        epochs, processes: see ``distributed.train_shared``.
+        adapters: see ``lora.add_adapters``.
 
-    Raises UserError for fewer than one, and as ``launch.train`` does.
+    Returns:
+        One row per seed, the first included; see ``learning.summarize_seed``.
+
+    Raises:
+        UserError: fewer than one seed, and as ``distributed.train_shared`` does.
     """
     rows = [learning.summarize_seed(seed, first)]
     for other in range(seed + 1, seed + study.trainings(seeds)):
         print(f"seed {other}", flush=True)
-        model = lora.add_adapters(study, train.class_names, seed=other, **adapters)
-        history = distributed.train_shared(model, study, processor, train, valid, seed=other, epochs=epochs, processes=processes)
+        model = lora.add_adapters(
+            study, train_split.class_names, seed=other, **adapters
+        )
+        history = distributed.train_shared(
+            model,
+            study,
+            processor,
+            train_split,
+            valid_split,
+            seed=other,
+            epochs=epochs,
+            processes=processes,
+        )
         rows.append(learning.summarize_seed(other, history))
         del model
         gc.collect()  # modules refer to each other in circles

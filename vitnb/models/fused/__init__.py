@@ -1,7 +1,9 @@
-"""The fused engine: a ViT's forward rearranged around what a GPU is slow at, which is memory traffic and launches.
+"""The fused engine: a ViT's forward in fewer launches and fewer passes over memory.
 
-``reference`` says what each fused operation computes, ``kernels`` does it in Triton, ``weights`` holds the Linears' weights
-ready for their products, and ``vit`` is the forward.
+- ``reference`` computes each fused operation in plain PyTorch.
+- ``triton_kernels`` computes the operations in Triton, for GPUs.
+- ``linears`` holds the weights of Linears, ready for their products.
+- ``vit`` is the forward.
 """
 
 import os
@@ -13,10 +15,14 @@ from vitnb.models.fused import reference
 
 
 def operations(on: torch.device):
-    """The module of operations for a device: Triton kernels on a GPU that has Triton, else plain PyTorch."""
+    """Return the module of fused operations for a device.
+
+    It is ``triton_kernels`` on a GPU with Triton, or on any device where Triton's
+    interpreter is switched on (``TRITON_INTERPRET=1``). Else it is ``reference``.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if find_spec("triton") and (on.type == "cuda" or interpreted):
-        from vitnb.models.fused import triton_kernels
+        from vitnb.models.fused import triton_kernels  # late: Triton may be missing
 
         return triton_kernels
     return reference

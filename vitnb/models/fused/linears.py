@@ -1,6 +1,9 @@
-"""Weights of Linears, ready for their products: plain, NF4 that is unpacked right before use, or float8 by rows."""
+"""Weights of Linears, ready for their products: plain, NF4 or float8.
 
-from collections.abc import Sequence
+NF4 weights are unpacked right before use, into a scratch: memory that all blocks share.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 
 import bitsandbytes as bnb
 import torch
@@ -12,135 +15,218 @@ from vitnb.models.nf4 import NF4_BLOCK, NF4_GROUP
 from vitnb.models.quantization import Float8Linear, float8_product
 
 
-class Dense(nn.Module):
-    """x [rows, in] -> x W^T + b [rows, out], of one Linear or of several side by side.
+class DenseProduct(nn.Module):
+    """The product of one Linear, or of several that read the same input.
 
-    ``borrowed``: the weight is a place in a scratch, and none of the module's own.
+    Attributes:
+        weight: [out, in], the weights of all Linears one below the other.
+        bias: [out], or None.
+        fp8: whether inputs are float8 rows with their scales.
     """
 
     fp8 = False
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, borrowed: bool = False):
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, borrowed: bool = False
+    ):
         super().__init__()
-        if borrowed:
+        if borrowed:  # a place in a scratch, which is counted apart
             self.weight = weight
         else:
             self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [rows, in] to [rows, out]."""
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
-        """``stream += x W^T`` within the product itself; the bias is left out."""
+        """Add ``x W^T`` to ``stream`` within the product; the bias is left out."""
         stream.addmm_(x, self.weight.t())
 
 
-class Fp8(nn.Module):
-    """The same on float8 rows and columns: takes what ``quantize_rows`` gives."""
+class Float8Product(nn.Module):
+    """The product of float8 weights with the rows and scales of ``quantize_rows``."""
 
     fp8 = True
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ):
         super().__init__()
-        for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
-            self.register_buffer(name, tensor)
+        self.dtype = dtype
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return float8_product(*x, self.weight, self.scale, self.bias)
-
-
-class Packed(nn.Module):
-    """NF4 weights of one or more Linears, one after the other, that one kernel unpacks into a scratch."""
-
-    def __init__(self, linears: Sequence[bnb.nn.Linear4bit]):
-        super().__init__()
-        weights = [linear.weight for linear in linears]
-        states = [weight.quant_state for weight in weights]
-        if any(s.blocksize != NF4_BLOCK or not s.nested or s.state2.blocksize != NF4_GROUP for s in states):
-            raise VariantError("the fused engine reads NF4 with double quantization in blocks of 64 and 256 only")
-        self.numel = sum(state.shape.numel() for state in states)
-        groups = [state.state2.absmax for state in states]
-        tensors = {
-            "packed": torch.cat([weight.data.view(-1) for weight in weights]),
-            "absmax": torch.cat([state.absmax for state in states]),
-            "code": states[0].code.float(),
-            "scale_code": states[0].state2.code.float(),
-            "scale": torch.cat(groups).float(),
-            "offset": torch.cat([s.offset.float().expand(len(g)) for s, g in zip(states, groups, strict=True)]),
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def unpack(self, operations, out: torch.Tensor) -> None:
-        """Write the weights, [numel], in the scratch's 16-bit type."""
-        operations.dequantize_nf4(
-            self.packed, self.absmax, self.code, self.scale_code, self.scale, self.offset, out[: self.numel]
+        """Map float8 [rows, in] with scales [rows, 1] to [rows, out] in ``dtype``."""
+        rows, row_scale = x
+        return float8_product(
+            rows, row_scale, self.weight, self.scale, self.bias, self.dtype
         )
 
 
-class OneByOne(nn.Module):
-    """The same as bitsandbytes does it: a launch of several kernels and a copy for each weight."""
+def join_products(
+    linears: Sequence[nn.Linear], dtype: torch.dtype, place: torch.Tensor | None = None
+) -> DenseProduct | Float8Product:
+    """Join Linears that read the same input to one product.
+
+    Args:
+        linears: plain, NF4 or float8 Linears, all of one kind.
+        dtype: the type that the product computes in.
+        place: for NF4, [out, in], where the unpacked weights will be.
+    """
+    bias = _join_biases(linears, dtype)
+    if isinstance(linears[0], Float8Linear):
+        weight = torch.cat([linear.weight.data for linear in linears])
+        scale = torch.cat([linear.scale for linear in linears])
+        return Float8Product(weight, scale, bias, dtype)
+    if place is not None:
+        return DenseProduct(place, bias, borrowed=True)
+    weight = torch.cat([linear.weight.data.to(dtype) for linear in linears])
+    return DenseProduct(weight, bias)
+
+
+def _join_biases(
+    linears: Sequence[nn.Linear], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Join the biases of Linears, zeros where one has none; None if all have none."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    biases = [
+        torch.zeros(linear.out_features, device=linear.weight.device)
+        if linear.bias is None
+        else linear.bias.data
+        for linear in linears
+    ]
+    return torch.cat(biases).to(dtype)
+
+
+def divide_scratch(
+    scratch: torch.Tensor | None, groups: Sequence[Sequence[nn.Linear]]
+) -> Iterator[torch.Tensor | None]:
+    """Give each group of Linears its place [out, in] in a scratch, one after the other.
+
+    Without a scratch, the places are None.
+    """
+    begin = 0
+    for group in groups:
+        rows, columns = sum(one.out_features for one in group), group[0].in_features
+        end = begin + rows * columns
+        yield None if scratch is None else scratch[begin:end].view(rows, columns)
+        begin = end
+
+
+class JoinedNF4(nn.Module):
+    """NF4 weights of one or more Linears, unpacked together in one launch.
+
+    Args:
+        linears: the Linears, in the order of their weights.
+        dequantize: ``dequantize_nf4`` of ``reference`` or of ``triton_kernels``.
+
+    Raises:
+        VariantError: the weights have other block or group sizes.
+    """
+
+    def __init__(self, linears: Sequence[bnb.nn.Linear4bit], dequantize: Callable):
+        super().__init__()
+        self.dequantize = dequantize
+        states = [linear.weight.quant_state for linear in linears]
+        for state in states:
+            _check_format(state)
+        self.numel = sum(state.shape.numel() for state in states)
+        scales = [state.state2.absmax.float() for state in states]
+        offsets = [
+            state.offset.float().expand(len(scale))
+            for state, scale in zip(states, scales, strict=True)
+        ]
+        packed = [linear.weight.data.view(-1) for linear in linears]
+        self.register_buffer("packed", torch.cat(packed))
+        self.register_buffer("absmax", torch.cat([state.absmax for state in states]))
+        self.register_buffer("code", states[0].code.float())
+        self.register_buffer("scale_code", states[0].state2.code.float())
+        self.register_buffer("scale", torch.cat(scales))
+        self.register_buffer("offset", torch.cat(offsets))
+
+    def unpack(self, out: torch.Tensor) -> None:
+        """Write the weights to the first ``numel`` elements of ``out``."""
+        self.dequantize(
+            self.packed,
+            self.absmax,
+            self.code,
+            self.scale_code,
+            self.scale,
+            self.offset,
+            out[: self.numel],
+        )
+
+
+def _check_format(state) -> None:
+    """Raise VariantError if a quantization state is not of the format in ``nf4``."""
+    if (
+        state.blocksize != NF4_BLOCK
+        or not state.nested
+        or state.state2.blocksize != NF4_GROUP
+    ):
+        raise VariantError(
+            "the fused engine reads NF4 with double quantization in blocks of "
+            f"{NF4_BLOCK} and {NF4_GROUP} only"
+        )
+
+
+class SeparateNF4(nn.Module):
+    """NF4 weights of Linears, each unpacked by bitsandbytes.
+
+    Each weight takes several launches and a copy.
+    """
 
     def __init__(self, linears: Sequence[bnb.nn.Linear4bit]):
         super().__init__()
         self.linears = nn.ModuleList(linears)
         self.numel = sum(linear.weight.quant_state.shape.numel() for linear in linears)
 
-    def unpack(self, operations, out: torch.Tensor) -> None:
+    def unpack(self, out: torch.Tensor) -> None:
+        """Write the weights to the first ``numel`` elements of ``out``."""
         begin = 0
         for linear in self.linears:
-            values = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-            out[begin : begin + values.numel()].view_as(values).copy_(values)
-            begin += values.numel()
+            weight = linear.weight
+            values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            end = begin + values.numel()
+            out[begin:end].view_as(values).copy_(values)
+            begin = end
 
 
-def pack(linears: Sequence[bnb.nn.Linear4bit], joined: bool = True) -> nn.ModuleList:
-    """The weights of Linears that go into one scratch one after the other, in as few launches as their groups of scales allow.
+def pack_nf4(
+    linears: Sequence[bnb.nn.Linear4bit], dequantize: Callable | None
+) -> nn.ModuleList:
+    """Pack the NF4 weights of Linears, for as few launches as their groups allow.
 
-    A group holds the scales of 64 x 256 weights. Weights that do not end at a group's border cannot be joined.
+    A group holds the scales of 64 x 256 weights. Weights that do not end at a group's
+    border cannot be joined with the next ones.
+
+    Args:
+        linears: the Linears, in the order of their weights.
+        dequantize: see ``JoinedNF4``; None to let bitsandbytes unpack each weight.
     """
-    if not joined:
-        return nn.ModuleList([OneByOne(linears)])
-    whole = all(one.weight.quant_state.shape.numel() % (NF4_BLOCK * NF4_GROUP) == 0 for one in linears[:-1])
-    return nn.ModuleList([Packed(linears)] if whole else [Packed([one]) for one in linears])
+    if dequantize is None:
+        return nn.ModuleList([SeparateNF4(linears)])
+    ends_at_border = all(
+        linear.weight.quant_state.shape.numel() % (NF4_BLOCK * NF4_GROUP) == 0
+        for linear in linears[:-1]
+    )
+    if ends_at_border:
+        return nn.ModuleList([JoinedNF4(linears, dequantize)])
+    return nn.ModuleList([JoinedNF4([linear], dequantize) for linear in linears])
 
 
-def unpack(packs: Sequence[Packed], operations, out: torch.Tensor) -> None:
-    """Unpack one after the other into ``out`` [at least their sum]."""
+def unpack_nf4(packs: Sequence[JoinedNF4 | SeparateNF4], out: torch.Tensor) -> None:
+    """Unpack weights one after the other into ``out``, [at least their sum]."""
     begin = 0
-    for one in packs:
-        one.unpack(operations, out[begin:])
-        begin += one.numel
-
-
-def bias_of(linears: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor | None:
-    """The biases of Linears side by side; zeros for one without."""
-    if all(linear.bias is None for linear in linears):
-        return None
-    return torch.cat([
-        torch.zeros(linear.out_features, device=linear.weight.device) if linear.bias is None else linear.bias.data
-        for linear in linears
-    ]).to(dtype)  # fmt: skip
-
-
-def places(scratch: torch.Tensor | None, groups: Sequence[Sequence[nn.Linear]]):
-    """Where in a scratch the joined weights of each group stand, [out, in], one after the other; without a scratch nowhere."""
-    begin = 0
-    for group in groups:
-        rows, columns = sum(one.out_features for one in group), group[0].in_features
-        yield None if scratch is None else scratch[begin : begin + rows * columns].view(rows, columns)
-        begin += rows * columns
-
-
-def dense(linears: Sequence[nn.Linear], dtype: torch.dtype, place: torch.Tensor | None = None) -> Dense | Fp8:
-    """One product for Linears that read the same input: float8 if they are, else plain.
-
-    ``place``: where the weight will stand once it is unpacked, for NF4.
-    """
-    bias = bias_of(linears, dtype)
-    if isinstance(linears[0], Float8Linear):
-        return Fp8(torch.cat([one.weight.data for one in linears]), torch.cat([one.scale for one in linears]), bias)
-    if place is not None:
-        return Dense(place, bias, borrowed=True)
-    return Dense(torch.cat([one.weight.data.to(dtype) for one in linears]), bias)
+    for pack in packs:
+        pack.unpack(out[begin:])
+        begin += pack.numel

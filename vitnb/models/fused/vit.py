@@ -1,16 +1,23 @@
-"""The forward of a ViT, rearranged: the same numbers in fewer and larger steps over memory.
+"""The rearranged forward of a ViT: fewer launches and fewer passes over memory.
 
-What changes, each a technique that can be left out (the waterfall figure shows what each one is worth):
+The logits stay the same. Each change is a technique that can be left out, and the
+waterfall figure shows its gain:
 
-- ``patches``: the patch convolution, whose patches do not overlap, is a copy and a product.
-- ``qkv``: query, key and value are one product; their weights stand one below the other.
-- ``stream``: what a block adds to the residual stream is added by the product itself. The biases, which cuBLAS cannot add
-  there as well, are summed up and added where the stream is read, by the next layer norm.
-- ``norm``: residual and layer norm in one pass, by a kernel of our own.
-- ``gelu``: the exact GELU in place, by a kernel of our own.
-- ``class token``: in the last block only the class token is computed behind the attention: nothing else is read.
-- ``one pass`` (NF4): the weights of a block are unpacked by one kernel in two launches, into a scratch that all blocks share.
+- ``patches``: the patch convolution becomes a copy and a product, as its patches do not
+  overlap.
+- ``qkv``: query, key and value are one product, with their weights joined.
+- ``stream``: a product adds its result to the residual stream itself. cuBLAS cannot add
+  a bias in the same step. So biases are summed beforehand, and each layer norm adds the
+  sum of all biases that its input lacks.
+- ``norm``: one kernel of our own adds the residual and computes the layer norm.
+- ``gelu``: one kernel of our own computes the exact GELU in place.
+- ``class token``: behind the attention of the last block only the class token is
+  computed, as nothing else is read.
+- ``one pass`` (NF4): one kernel unpacks the weights of a block in two launches, into a
+  scratch that all blocks share.
 """
+
+from collections.abc import Callable
 
 import bitsandbytes as bnb
 import torch
@@ -27,163 +34,290 @@ TECHNIQUES = ("one pass", "patches", "qkv", "stream", "norm", "gelu", "class tok
 
 
 class Block(nn.Module):
-    """The weights of one block; see ``FusedViT.forward`` for what is done with them."""
+    """The weights of one transformer block; ``FusedViT`` computes with them.
 
-    def __init__(self, layer, dtype: torch.dtype, scratch: torch.Tensor | None, techniques: frozenset[str]):
+    Args:
+        layer: the block of transformers, which gives its weights away.
+        dtype: the type that the model computes in.
+        scratch: where NF4 weights are unpacked; None for other weights.
+        techniques: those to use.
+        dequantize: see ``linears.pack_nf4``.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        dtype: torch.dtype,
+        scratch: torch.Tensor | None,
+        techniques: frozenset[str],
+        dequantize: Callable | None,
+    ):
         super().__init__()
         own, mlp = layer.attention, layer.mlp
-        several = [own.q_proj, own.k_proj, own.v_proj]
-        groups = [several] if "qkv" in techniques else [[one] for one in several]
-        first, second = [*groups, [own.o_proj], [mlp.fc1]], [[mlp.fc2]]
-        products, self.packs = [], nn.ModuleList()
-        for stage in (first, second):  # of NF4: the second is unpacked over the first
-            places = linears.places(scratch, stage)
-            products += [linears.dense(group, dtype, place) for group, place in zip(stage, places, strict=True)]
+        groups = [[own.q_proj], [own.k_proj], [own.v_proj]]
+        if "qkv" in techniques:
+            groups = [[own.q_proj, own.k_proj, own.v_proj]]
+        products = []
+        self.packs = nn.ModuleList()
+        # NF4 weights of the second stage are unpacked over those of the first.
+        for stage in ([*groups, [own.o_proj], [mlp.fc1]], [[mlp.fc2]]):
+            places = linears.divide_scratch(scratch, stage)
+            for group, place in zip(stage, places, strict=True):
+                products.append(linears.join_products(group, dtype, place))
             if scratch is not None:
-                self.packs.append(linears.pack([one for group in stage for one in group], "one pass" in techniques))
+                every_linear = [linear for group in stage for linear in group]
+                self.packs.append(linears.pack_nf4(every_linear, dequantize))
         *qkv, self.out, self.fc1, self.fc2 = products
         self.qkv = nn.ModuleList(qkv)
-        for name, norm in (("before", layer.layernorm_before), ("after", layer.layernorm_after)):
-            self.register_buffer(f"{name}_weight", norm.weight.data)
-            self.register_buffer(f"{name}_bias", norm.bias.data)
-        # float32 sums over all earlier blocks, filled by FusedViT: what the stream lacks at either norm.
+        self.register_buffer("before_weight", layer.layernorm_before.weight.data)
+        self.register_buffer("before_bias", layer.layernorm_before.bias.data)
+        self.register_buffer("after_weight", layer.layernorm_after.weight.data)
+        self.register_buffer("after_bias", layer.layernorm_after.bias.data)
+        # The biases that the stream lacks at either norm, float32 [hidden], summed over
+        # all earlier blocks. FusedViT fills them in.
         self.register_buffer("before_shift", None)
         self.register_buffer("after_shift", None)
 
 
 class FusedViT(nn.Module):
-    """A ``ViTForImageClassification`` of transformers as it computes with this engine; same call, same logits.
+    """A ``ViTForImageClassification`` of transformers with the rearranged forward.
 
-    Takes the weights over: the model that was given cannot be used any more. Raises VariantError for another architecture
-    and for int8, which is quantized within bitsandbytes' own product.
+    Call and logits are those of transformers. The given model loses its weights and
+    cannot be used any more.
+
+    Args:
+        model: a ViT with plain, NF4 or float8 Linears.
+        backend: the attention backend, a key of ``attention.ALLOWED``.
+        dtype: the type that the model computes in.
+        techniques: those to use, all by default.
+
+    Raises:
+        VariantError: another architecture or activation, or int8, which bitsandbytes
+            quantizes within its own product.
     """
 
-    def __init__(self, model: nn.Module, launched: str, dtype: torch.dtype, techniques: frozenset[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: str,
+        dtype: torch.dtype,
+        techniques: frozenset[str] | None = None,
+    ):
         super().__init__()
-        if not isinstance(model, ViTForImageClassification):
-            raise VariantError(f"the fused engine knows ViT, and this is {type(model).__name__}: use the engine graph")
-        config = model.config
-        if config.hidden_act != "gelu":
-            raise VariantError(
-                f"the fused engine has the exact GELU alone, not {config.hidden_act}: use the engine graph"
-            )
-        linear = model.vit.layers[0].mlp.fc1
-        if isinstance(linear, bnb.nn.Linear8bitLt):
-            raise VariantError("the fused engine has no int8 of bitsandbytes: use fp8, or the engine graph")
-        self.config, self.launched, self.dtype = config, launched, dtype
-        self.techniques = frozenset(TECHNIQUES) if techniques is None else techniques
-        self.eps, self.heads = config.layer_norm_eps, config.num_attention_heads
+        _check_supported(model)
+        if techniques is None:
+            techniques = frozenset(TECHNIQUES)
+        self.config = model.config
+        self.eps = model.config.layer_norm_eps
+        self.heads = model.config.num_attention_heads
+        self.backend = backend
+        self.dtype = dtype
+        self.techniques = techniques
+        own = operations(model.classifier.weight.device)
+        norm = own if "norm" in techniques else reference
+        self.layer_norm = norm.layer_norm
+        self.quantize_rows = norm.quantize_rows
+        self.gelu = own.gelu if "gelu" in techniques else reference.gelu
+        dequantize = own.dequantize_nf4 if "one pass" in techniques else None
         # PyTorch's float8 product has no operand to add to.
-        self.adds_in_product = "stream" in self.techniques and not isinstance(linear, Float8Linear)
-        device = model.classifier.weight.device
-        of = {True: operations(device), False: reference}
-        self.norm, self.gelu = (of[name in self.techniques] for name in ("norm", "gelu"))
-        self.unpacker = of["one pass" in self.techniques]
+        is_float8 = isinstance(model.vit.layers[0].mlp.fc1, Float8Linear)
+        self.adds_in_product = "stream" in techniques and not is_float8
 
         embeddings = model.vit.embeddings
         self.projection = embeddings.patch_embeddings.projection
         self.register_buffer("positions", embeddings.position_embeddings.data[0])
         self.register_buffer("class_token", embeddings.cls_token.data[0])
-        scratch = None
-        if isinstance(linear, bnb.nn.Linear4bit):
-            # qkv, out and fc1 of a block together; then fc2 in their place.
-            layer = model.vit.layers[0]
-            together = [*layer.attention.children(), layer.mlp.fc1]
-            size = sum(m.in_features * m.out_features for m in together if isinstance(m, nn.Linear))
-            scratch = torch.empty(size, dtype=dtype, device=device)
-        self.scratch = scratch  # no buffer: it holds no weights, and is counted apart
+        # No buffer: a scratch holds no weights, and is counted apart.
+        self.scratch = _make_scratch(model.vit.layers[0], dtype)
         self.blocks = nn.ModuleList()
-        while len(model.vit.layers):  # one at a time, so that no two copies of all weights stand side by side
-            self.blocks.append(Block(model.vit.layers[0], dtype, scratch, self.techniques))
+        # One block at a time, so that all weights never stand in memory twice.
+        while len(model.vit.layers):
+            layer = model.vit.layers[0]
+            self.blocks.append(
+                Block(layer, dtype, self.scratch, techniques, dequantize)
+            )
             del model.vit.layers[0]
         self.register_buffer("last_shift", None)
         if self.adds_in_product:
             self._sum_biases()
-        self.layernorm, self.classifier = model.vit.layernorm, model.classifier
+        self.layernorm = model.vit.layernorm
+        self.classifier = model.classifier
 
     def _sum_biases(self) -> None:
-        lacking = torch.zeros(self.config.hidden_size, device=self.positions.device)
+        """Move biases from the products to the layer norms that read their results."""
+        shift = torch.zeros(self.config.hidden_size, device=self.positions.device)
         for block in self.blocks:
-            block.before_shift = lacking.clone()
-            lacking = lacking if block.out.bias is None else lacking + block.out.bias.float()
-            block.after_shift = lacking.clone()
-            lacking = lacking if block.fc2.bias is None else lacking + block.fc2.bias.float()
-            block.out.bias = block.fc2.bias = None
-        self.last_shift = lacking
+            block.before_shift = shift.clone()
+            if block.out.bias is not None:
+                shift = shift + block.out.bias.float()
+            block.after_shift = shift.clone()
+            if block.fc2.bias is not None:
+                shift = shift + block.fc2.bias.float()
+            block.out.bias = None
+            block.fc2.bias = None
+        self.last_shift = shift
+
+    @property
+    def head_size(self) -> int:
+        """The numbers of a query, key or value in one attention head."""
+        return self.config.hidden_size // self.heads
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of the memory that NF4 weights are unpacked into."""
+        if self.scratch is None:
+            return 0
+        return self.scratch.numel() * self.scratch.element_size()
+
+    def flops_left_out(self, batch: int) -> int:
+        """Return the operations of the whole model's forward that are not done.
+
+        They belong to the last block's tokens other than the class token.
+        """
+        if "class token" not in self.techniques:
+            return 0
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        tokens = len(self.positions) - 1
+        return 2 * batch * tokens * hidden * (hidden + 2 * inner)
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        """Map pixels [batch, 3, height, width] to logits [batch, classes]."""
+        batch = len(pixel_values)
+        stream = self._embed(pixel_values).flatten(0, 1)
+        delta = None  # a result that the next norm adds to the stream
+        for block in self.blocks:
+            stream, delta = self._run_block(block, stream, delta, batch)
+        if len(stream) != batch:
+            # The last norm reads only the class token, whatever the techniques.
+            tokens = len(stream) // batch
+            stream = stream[::tokens].contiguous()
+            delta = None if delta is None else delta[::tokens].contiguous()
+        last = self.layernorm
+        x = self.layer_norm(
+            stream, delta, self.last_shift, last.weight, last.bias, self.eps
+        )
+        return ImageClassifierOutput(logits=self.classifier(x))
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[batch, 3, height, width] -> the stream [batch, tokens, hidden], class token first."""
+        """Map pixels to the stream [batch, tokens, hidden], class token first."""
         if "patches" in self.techniques:
-            side, columns = self.projection.kernel_size[0], pixels.shape[-1] // self.projection.kernel_size[0]
-            patches = pixels.unflatten(3, (columns, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
-            weight = self.projection.weight.flatten(1)
-            tokens = nn.functional.linear(patches.reshape(-1, weight.shape[1]), weight, self.projection.bias)
-            tokens = tokens.view(len(pixels), -1, len(weight))
+            tokens = self._project_patches(pixels)
         else:
             tokens = self.projection(pixels).flatten(2).transpose(1, 2)
-        stream = tokens.new_empty(len(pixels), len(self.positions), tokens.shape[-1])
+        size = (len(pixels), len(self.positions), tokens.shape[-1])
+        stream = tokens.new_empty(size)
         torch.add(tokens, self.positions[1:], out=stream[:, 1:])
         stream[:, 0] = self.class_token + self.positions[:1]
         return stream
 
+    def _project_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Map pixels to [batch, patches, hidden], by a copy and a product."""
+        side = self.projection.kernel_size[0]
+        columns = pixels.shape[-1] // side
+        # [batch, 3, height, width] -> [batch, 3, rows, side, columns, side]
+        patches = pixels.unflatten(3, (columns, side)).unflatten(2, (-1, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)
+        weight = self.projection.weight.flatten(1)
+        tokens = nn.functional.linear(
+            patches.reshape(-1, weight.shape[1]), weight, self.projection.bias
+        )
+        return tokens.view(len(pixels), -1, len(weight))
+
+    def _run_block(
+        self,
+        block: Block,
+        stream: torch.Tensor,
+        delta: torch.Tensor | None,
+        batch: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run one block on the stream [batch x tokens, hidden].
+
+        Returns:
+            The stream, with the class tokens alone after the last block, and what the
+            next norm is to add to the stream, if anything.
+        """
+        fp8 = block.out.fp8
+        if self.scratch is not None:
+            linears.unpack_nf4(block.packs[0], self.scratch)
+        x = self.layer_norm(
+            stream,
+            delta,
+            block.before_shift,
+            block.before_weight,
+            block.before_bias,
+            self.eps,
+            fp8,
+        )
+        x = self._attend(block, x, batch)
+        if block is self.blocks[-1] and "class token" in self.techniques:
+            x = x[:, 0]
+            stream = stream.view(batch, -1, stream.shape[-1])[:, 0].contiguous()
+        x = x.reshape(-1, x.shape[-1])
+        delta = self._add(block.out, stream, self.quantize_rows(x) if fp8 else x)
+        x = self.layer_norm(
+            stream,
+            delta,
+            block.after_shift,
+            block.after_weight,
+            block.after_bias,
+            self.eps,
+            fp8,
+        )
+        x = self.gelu(block.fc1(x), fp8)
+        if self.scratch is not None:
+            linears.unpack_nf4(block.packs[1], self.scratch)
+        return stream, self._add(block.fc2, stream, x)
+
     def _attend(self, block: Block, x, batch: int) -> torch.Tensor:
-        """What the attention of a block reads, [batch x tokens, hidden], to what its last product reads."""
+        """Map a block's normalized stream to its attention, [batch, tokens, hidden]."""
         if len(block.qkv) == 1:
-            several = block.qkv[0](x).view(batch, -1, 3, self.heads, self.head_size)
-            query, key, value = (several[:, :, i].transpose(1, 2) for i in range(3))
+            joined = block.qkv[0](x).view(batch, -1, 3, self.heads, self.head_size)
+            parts = joined.unbind(2)
         else:
-            query, key, value = (
-                one(x).view(batch, -1, self.heads, self.head_size).transpose(1, 2) for one in block.qkv
-            )
-        function = attention.FUNCTIONS[attention.implementation(self.launched)]
+            size = (batch, -1, self.heads, self.head_size)
+            parts = [product(x).view(size) for product in block.qkv]
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        function = attention.FUNCTIONS[attention.implementation(self.backend)]
         return function(None, query, key, value, None)[0].flatten(2)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes of the memory that NF4 weights are unpacked into, which all blocks share."""
-        return 0 if self.scratch is None else self.scratch.numel() * self.scratch.element_size()
-
-    def flops_left_out(self, batch: int) -> int:
-        """Operations of the whole model's forward that this one does not do: those of the last block's other tokens."""
-        if "class token" not in self.techniques:
-            return 0
-        hidden = self.config.hidden_size
-        return 2 * batch * (len(self.positions) - 1) * hidden * (hidden + 2 * self.config.intermediate_size)
-
-    @property
-    def head_size(self) -> int:
-        return self.config.hidden_size // self.heads
-
     def _add(self, product, stream: torch.Tensor, x) -> torch.Tensor | None:
-        """Add a product's result to the stream, or give back what the next norm is to add."""
+        """Add a product to the stream, or return it for the next norm to add."""
         if self.adds_in_product:
-            return product.add_to(stream, x)
+            product.add_to(stream, x)
+            return None
         return product(x)
 
-    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
-        """Pixels, [batch, 3, height, width], to logits [batch, classes]."""
-        batch = len(pixel_values)
-        stream, delta = self._embed(pixel_values).flatten(0, 1), None
-        for block in self.blocks:
-            if self.scratch is not None:
-                linears.unpack(block.packs[0], self.unpacker, self.scratch)
-            x = self.norm.layer_norm(
-                stream, delta, block.before_shift, block.before_weight, block.before_bias, self.eps, block.out.fp8
-            )
-            x = self._attend(block, x, batch)
-            if block is self.blocks[-1] and "class token" in self.techniques:
-                x, stream = x[:, 0], stream.view(batch, -1, stream.shape[-1])[:, 0].contiguous()
-            x = x.reshape(-1, x.shape[-1])
-            delta = self._add(block.out, stream, self.norm.quantize_rows(x) if block.out.fp8 else x)
-            x = self.norm.layer_norm(
-                stream, delta, block.after_shift, block.after_weight, block.after_bias, self.eps, block.out.fp8
-            )
-            x = self.gelu.gelu(block.fc1(x), block.out.fp8)
-            if self.scratch is not None:
-                linears.unpack(block.packs[1], self.unpacker, self.scratch)
-            delta = self._add(block.fc2, stream, x)
-        if len(stream) != batch:  # of the last norm only the class token is read, whatever the techniques
-            tokens = len(stream) // batch
-            stream, delta = (None if t is None else t[::tokens].contiguous() for t in (stream, delta))
-        x = self.norm.layer_norm(stream, delta, self.last_shift, self.layernorm.weight, self.layernorm.bias, self.eps)
-        return ImageClassifierOutput(logits=self.classifier(x))
+
+def _check_supported(model: nn.Module) -> None:
+    """Raise VariantError if the rearranged forward cannot compute a model."""
+    if not isinstance(model, ViTForImageClassification):
+        raise VariantError(
+            f"the fused engine knows ViT, and this is {type(model).__name__}: "
+            "use the engine graph"
+        )
+    activation = model.config.hidden_act
+    if activation != "gelu":
+        raise VariantError(
+            f"the fused engine has the exact GELU alone, not {activation}: "
+            "use the engine graph"
+        )
+    if isinstance(model.vit.layers[0].mlp.fc1, bnb.nn.Linear8bitLt):
+        raise VariantError(
+            "the fused engine has no int8 of bitsandbytes: use fp8, or the engine graph"
+        )
+
+
+def _make_scratch(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return memory for the unpacked weights of an NF4 block; None for other weights.
+
+    It holds q, k, v, out and fc1 of a block together. fc2 then takes their place.
+    """
+    if not isinstance(layer.mlp.fc1, bnb.nn.Linear4bit):
+        return None
+    parts = [*layer.attention.children(), layer.mlp.fc1]
+    size = sum(
+        part.in_features * part.out_features
+        for part in parts
+        if isinstance(part, nn.Linear)
+    )
+    return torch.empty(size, dtype=dtype, device=layer.mlp.fc1.weight.device)
