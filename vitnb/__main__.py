@@ -1,5 +1,8 @@
-"""TODO."""
+"""Run ``python -m vitnb``: the same program as ``vitnb``."""
+
+import sys
 
 from vitnb.cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    sys.exit(main())

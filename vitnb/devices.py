@@ -66,6 +66,12 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work. On a CPU, return at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def check_requirements(study: "Study") -> None:
     """Raise UserError if the study needs a GPU and there is none."""
     if study.requires == "gpu" and not torch.cuda.is_available():

@@ -25,7 +25,7 @@ from slower import EXTRA, load_slower_variant
 
 from vitnb import statistics
 from vitnb.analysis.comparison import pair_ratio
-from vitnb.measure import comparison
+from vitnb.measure import interleaving
 from vitnb.measure.worker import WorkerProcess, load_local_variant
 from vitnb.records import machine
 from vitnb.records.files import write_file
@@ -50,9 +50,9 @@ def launch(study: Study, load_other: Callable, seed: int) -> list[dict]:
             for _ in range(PROCESSES):
                 worker = WorkerProcess(study, VARIANT, "cpu", load)
                 workers[name].append(stack.enter_context(worker))
-        comparison.warm_up_workers(workers, BATCH_SIZE)
+        interleaving.warm_up_workers(workers, BATCH_SIZE)
         for pair in range(PAIRS_A_LAUNCH):
-            blocks = comparison.time_interleaved(
+            blocks = interleaving.time_interleaved(
                 workers, BATCH_SIZE, BUDGET, seed=seed * PAIRS_A_LAUNCH + pair
             )
             ratio = pair_ratio(blocks["other"], blocks["plain"])

@@ -25,7 +25,7 @@ from vitnb.analysis.comparison import (
 )
 from vitnb.errors import UserError, VariantError
 from vitnb.figures import tradeoffs
-from vitnb.measure import comparison
+from vitnb.measure import comparison, interleaving
 from vitnb.measure.worker import LocalVariant, WorkerProcess, _prewarmed, prewarm
 from vitnb.records.resume import ResumeCache
 from vitnb.study import Compare, Study, load_study
@@ -148,7 +148,7 @@ def test_an_interpreter_that_died_before_its_first_call_is_a_reason():
 
 def test_rounds_hold_one_block_of_everyone(sleepers):
     budget = Compare(rounds=25, seconds=1e9, forwards=3)
-    blocks = comparison.time_interleaved(
+    blocks = interleaving.time_interleaved(
         {name: [w] for name, w in sleepers.items()}, 4, budget
     )
     assert {name: np.shape(b) for name, b in blocks.items()} == {
@@ -161,7 +161,7 @@ def test_rounds_hold_one_block_of_everyone(sleepers):
 
 
 def test_seconds_end_the_turns_but_not_below_twenty_rounds(sleepers):
-    blocks = comparison.time_interleaved(
+    blocks = interleaving.time_interleaved(
         {name: [w] for name, w in sleepers.items()},
         1,
         Compare(rounds=10**6, seconds=1e-9, forwards=1),
@@ -209,9 +209,9 @@ def test_a_variant_that_fails_at_one_size_is_blank_at_that_size_alone(monkeypatc
 def test_where_nobody_keeps_the_reason_a_failure_is_raised():
     with WorkerProcess(None, "1.5", load=Fragile) as worker:
         with pytest.raises(VariantError, match="out of memory"):
-            comparison.warm_up_workers({"1.5": [worker]}, 2)
+            interleaving.warm_up_workers({"1.5": [worker]}, 2)
         with pytest.raises(VariantError, match="misaligned"):
-            comparison.time_interleaved(
+            interleaving.time_interleaved(
                 {"1.5": [worker]}, 3, Compare(rounds=20, seconds=1e9, forwards=1)
             )
 
@@ -264,7 +264,7 @@ def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_p
     study = Study(
         "x", "", "", "", "", variants=["1"], batch_sizes=[1, 2, 3], compare=budget
     )
-    time_interleaved, sizes = comparison.time_interleaved, []
+    time_interleaved, sizes = interleaving.time_interleaved, []
 
     def killed_at_three(workers, size, *rest):
         sizes.append(size)
@@ -413,7 +413,7 @@ def test_the_order_is_drawn_anew():
             order.append(self.name)
             return [1.0]
 
-    comparison.time_interleaved(
+    interleaving.time_interleaved(
         {n: [Listed(n)] for n in "abc"}, 1, Compare(rounds=300, seconds=1e9, forwards=1)
     )
     firsts = order[::3]
@@ -421,7 +421,7 @@ def test_the_order_is_drawn_anew():
     assert all(70 < firsts.count(name) < 130 for name in "abc")
     order.clear()
     several = {n: [Listed(n + "1"), Listed(n + "2")] for n in "ab"}
-    comparison.time_interleaved(
+    interleaving.time_interleaved(
         several, 1, Compare(rounds=200, seconds=1e9, forwards=1)
     )
     assert len(order) == 400

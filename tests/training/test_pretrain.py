@@ -373,7 +373,7 @@ def test_a_save_that_breaks_leaves_nothing(model, tmp_path, monkeypatch):
         ),
         ("pretrain: {heads: 3}", "heads 3 does not divide hidden_size 128"),
         ("pretrain: {patch_size: 7}", "patch_size 7 does not divide image_size 64"),
-        ("pretrain:", "expected a mapping"),
+        ("pretrain:", "lacks base"),
         ("pretrain: {}\nbase: data/base", "has base and pretrain: leave one out"),
         ("", "lacks base, or pretrain to make one"),
     ],

@@ -10,7 +10,6 @@ from vitnb import variants
 from vitnb.data import dataset
 from vitnb.data.splits import Split
 from vitnb.errors import UserError
-from vitnb.inference import top_k
 from vitnb.models.loader import LoadedVariant
 from vitnb.records.reader import load_records
 from vitnb.study import Study
@@ -52,7 +51,8 @@ def predict(loaded: LoadedVariant, split: Split) -> tuple[dict[str, list], np.nd
             "run finetune on this data first"
         )
     logits = compute_logits(loaded, split)
-    top5 = top_k(logits)[1].tolist()
+    count = min(5, logits.shape[1])
+    top5 = logits.softmax(-1).topk(count).indices.tolist()
     return {"labels": split.labels, "top5": top5}, logits.numpy()
 
 

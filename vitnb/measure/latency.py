@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vitnb import devices
 from vitnb.data import dataset
 from vitnb.data.splits import Split
 from vitnb.models.loader import LoadedVariant
@@ -25,12 +26,6 @@ WARMUP_LIMIT_SECONDS = 5.0
 
 FEWEST = 20  # samples that a median with an interval needs
 CHUNK = 10  # samples between two looks at the clock
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work. On a CPU, return at once."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def cache_flush_buffer(device: torch.device) -> torch.Tensor:
@@ -54,10 +49,10 @@ def time_host(loaded: LoadedVariant, model, pixels: torch.Tensor) -> float:
 
     The clock runs from the call until the device is done.
     """
-    synchronize(loaded.device)
+    devices.synchronize(loaded.device)
     begin = time.perf_counter()
     model(pixel_values=pixels)
-    synchronize(loaded.device)
+    devices.synchronize(loaded.device)
     return (time.perf_counter() - begin) * 1e3
 
 

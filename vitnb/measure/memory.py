@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vitnb.measure.latency import synchronize
+from vitnb.devices import synchronize
 from vitnb.models.loader import LoadedVariant
 from vitnb.records import machine
 from vitnb.records.files import MB

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from vitnb.analysis import kernel_classes
 from vitnb.data import dataset
 from vitnb.data.splits import Split
-from vitnb.measure.latency import synchronize
+from vitnb.devices import synchronize
 from vitnb.models import attention, layers
 from vitnb.models.loader import LoadedVariant
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from vitnb.measure.latency import synchronize
+from vitnb.devices import synchronize
 from vitnb.models import checkpoints
 from vitnb.models.loader import LoadedVariant
 

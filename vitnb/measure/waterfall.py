@@ -16,8 +16,8 @@ from vitnb.analysis.waterfall import waterfall_table
 from vitnb.data import dataset
 from vitnb.data.splits import Split, load_split
 from vitnb.errors import UserError
-from vitnb.measure import accuracy, comparison, latency
-from vitnb.measure.comparison import record_failure
+from vitnb.measure import accuracy, interleaving, latency
+from vitnb.measure.interleaving import record_failure
 from vitnb.measure.worker import LocalVariant
 from vitnb.models import checkpoints, loader
 from vitnb.models.fused.vit import TECHNIQUES
@@ -170,7 +170,9 @@ def _time_steps(
         except Exception as error:
             record_failure(failed, name, error)
     size = len(pixels)
-    blocks = comparison.time_interleaved(ready, size, study.compare, study.seed, failed)
+    blocks = interleaving.time_interleaved(
+        ready, size, study.compare, study.seed, failed
+    )
     rounds = len(next(iter(blocks.values()), []))
     print(f"batch {size}: {len(blocks)} steps in turns, {rounds} rounds", flush=True)
     return blocks

@@ -226,7 +226,9 @@ def _quantize(
         The numbers of quantized and of other Linears.
     """
     if variant.weights == "fp8":
-        quantization.to_fp8(model)
+        from vitnb.models.fused import operations  # late: few models are in float8
+
+        quantization.to_fp8(model, operations(model.device).quantize_rows)
     if variant.weights == "w8a8":
         quantization.disable_outliers(model)
     if plan:

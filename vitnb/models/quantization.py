@@ -11,7 +11,7 @@ The classification head is never quantized: it is small, it was just trained, an
 size fits no 4-bit block.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import bitsandbytes as bnb
 import torch
@@ -70,17 +70,19 @@ def float8_product(
 
 
 class Float8Linear(nn.Linear):
-    """A Linear with float8 weights that quantizes its input row by row."""
+    """A Linear with float8 weights that quantizes its input row by row.
 
-    def __init__(self, linear: nn.Linear):
+    Args:
+        quantize_rows: ``quantize_rows`` of ``fused.operations``. No lookup may stand in
+            a forward that is timed.
+    """
+
+    def __init__(self, linear: nn.Linear, quantize_rows: Callable):
         has_bias = linear.bias is not None
         super().__init__(
             linear.in_features, linear.out_features, has_bias, device="meta"
         )
-        from vitnb.models.fused import operations  # late: most models have no float8
-
-        # Chosen once: no lookup stands in a forward that is timed.
-        self.quantize_rows = operations(linear.weight.device).quantize_rows
+        self.quantize_rows = quantize_rows
         weight, scale = self.quantize_rows(linear.weight.data)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None
@@ -186,10 +188,10 @@ def quantized_copy(
     return copy.to(linear.weight.device).eval()
 
 
-def to_fp8(model: nn.Module) -> nn.Module:
-    """Replace every Linear but the head by its float8 form, in place."""
+def to_fp8(model: nn.Module, quantize_rows: Callable) -> nn.Module:
+    """Replace every Linear but the head by a ``Float8Linear``, in place."""
     for name, module in layers.quantizable(model).items():
-        model.set_submodule(name, Float8Linear(module))
+        model.set_submodule(name, Float8Linear(module, quantize_rows))
     return model
 
 

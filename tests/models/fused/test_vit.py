@@ -79,7 +79,7 @@ def test_nf4_gives_what_bitsandbytes_gives(hidden):
 
 @torch.inference_mode()
 def test_fp8_gives_what_its_linears_give():
-    model = quantization.to_fp8(make_vit().bfloat16())
+    model = quantization.to_fp8(make_vit().bfloat16(), reference.quantize_rows)
     assert quantization.count_linears(model) == (18, 1)
     pixels = PIXELS.bfloat16()
     wanted = copy.deepcopy(model)(pixel_values=pixels).logits.float()
@@ -94,7 +94,8 @@ def test_an_fp8_linear_is_near_the_linear_and_keeps_rows_apart():
     sizes = torch.logspace(-3, 3, 6)[:, None].bfloat16()
     x = torch.randn(6, 64).bfloat16() * sizes
     wanted = linear(x).float()
-    error = (quantization.Float8Linear(linear)(x).float() - wanted).norm(dim=1)
+    float8 = quantization.Float8Linear(linear, reference.quantize_rows)
+    error = (float8(x).float() - wanted).norm(dim=1)
     without_bias = (wanted - linear.bias.float()).norm(dim=1)
     # e4m3 rounds by 1/16 at most, evenly spread by 1/16/sqrt(3). For two factors that
     # is 5% of a row on average.
@@ -103,7 +104,7 @@ def test_an_fp8_linear_is_near_the_linear_and_keeps_rows_apart():
 
 def test_a_fused_fp8_product_has_the_type_that_the_model_computes_in():
     for dtype in (torch.float32, torch.bfloat16):
-        model = quantization.to_fp8(make_vit().to(dtype))
+        model = quantization.to_fp8(make_vit().to(dtype), reference.quantize_rows)
         product = FusedViT(model, "sdpa", dtype).blocks[0].fc1
         rows = reference.quantize_rows(torch.randn(2, 128).to(dtype))
         assert product(rows).dtype == dtype
