@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANTED = Path(__file__).with_suffix(".yaml")
+BUGS = Path(__file__).with_suffix(".yaml")
 RESULTS = ROOT / "outputs" / "published" / "mutants.csv"
 NEEDED = (
     "vitnb",
@@ -34,138 +35,126 @@ NEEDED = (
 )
 
 
-def copied(folder: Path) -> Path:
-    """A copy of what the tests need."""
+def copy_project(folder: Path) -> Path:
+    """Copy the files that the tests need into a folder, and return the folder."""
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in NEEDED:
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(
-                source,
-                target,
-                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
-            )
+            shutil.copytree(source, target, ignore=ignored)
         else:
             shutil.copy(source, target)
     return folder
 
 
-def tested(copy: Path, tests: list[str]) -> subprocess.CompletedProcess:
-    """Run some tests there until one fails."""
+def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess:
+    """Run some tests in a copy until one fails."""
+    inherited = os.environ.get("PYTHONPATH", "")
     env = os.environ | {
-        "PYTHONPATH": str(copy),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(copy), inherited])),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
     env.pop("VITNB_OUTPUTS", None)
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
-    return subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True)
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        words + tests, cwd=copy, env=env, capture_output=True, text=True
+    )
 
 
-def planted(copy: Path, bug: dict) -> tuple[str, str]:
+def check_sound(copy: Path, tests: list[str]) -> str:
+    """Return the complaint of tests that fail before anything is planted, if any."""
+    ended = run_tests(copy, tests)
+    return ended.stdout[-3000:] + ended.stderr[-1000:] if ended.returncode else ""
+
+
+def plant(copy: Path, bug: dict) -> tuple[str, str]:
     """Plant one bug, run its test, and take the bug out again.
 
-    Returns ``caught`` or ``survived``, and the first line of the test's complaint.
+    Returns ``caught``, ``survived`` or ``broken`` (the test could not run), and the
+    first line of the complaint.
     """
     path = copy / bug["file"]
     whole = path.read_text()
-    if whole.count(bug["old"]) != 1:
-        raise SystemExit(
-            f"'{bug['bug']}': {bug['file']} holds its text "
-            f"{whole.count(bug['old'])} times, not once"
-        )
+    count = whole.count(bug["old"])
+    if count != 1:
+        return "broken", f"{bug['file']} holds its text {count} times, not once"
     try:
         path.write_text(whole.replace(bug["old"], bug["new"]))
-        ended = tested(copy, [bug["test"]])
+        ended = run_tests(copy, [bug["test"]])
     finally:
         path.write_text(whole)
     if ended.returncode not in (0, 1):  # a test that did not run caught nothing
-        raise SystemExit(
-            f"'{bug['bug']}': pytest ended with {ended.returncode}\n"
-            f"{ended.stdout[-2000:]}{ended.stderr}"
-        )
-    said = next(
-        (
-            line[1:].strip()
-            for line in ended.stdout.splitlines()
-            if line.startswith("E ")
-        ),
-        "",
-    )
-    return "caught" if ended.returncode else "survived", said
+        return "broken", f"pytest ended with {ended.returncode}: {ended.stdout[-500:]}"
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("E ")]
+    complaint = lines[0][1:].strip() if lines else ""
+    return "caught" if ended.returncode else "survived", complaint
 
 
-def shown(text: str) -> str:
-    """A piece of code on one line."""
-    return " ".join(text.split())
+def share_copies(copies: list[Path], work: Callable, items: list) -> list:
+    """Return ``work(copy, item)`` of each item; each copy does one thing at a time."""
+    free = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def one(item):
+        copy = free.get()
+        try:
+            return work(copy, item)
+        finally:
+            free.put(copy)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        return list(pool.map(one, items))
+
+
+def plant_and_show(copy: Path, bug: dict) -> str:
+    """Plant one bug, print a line, and return the result."""
+    begin = time.monotonic()
+    result, complaint = plant(copy, bug)
+    seconds = time.monotonic() - begin
+    print(f"{result:8} {seconds:4.0f} s  {bug['bug']}: {complaint[:100]}", flush=True)
+    return result
+
+
+def row(bug: dict, result: str) -> dict:
+    """Return a row of the table; code stands on one line."""
+    old, new = (" ".join(bug[key].split()) for key in ("old", "new"))
+    patch = f"{bug['file']}: {old} -> {new}"
+    return {"bug": bug["bug"], "patch": patch, "test": bug["test"], "result": result}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", help="words of the bugs to plant; all without"
-    )
+    parser.add_argument("names", nargs="*", help="words of the bugs; all without")
     parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the table")
     asked = parser.parse_args()
-    every = yaml.safe_load(PLANTED.read_text())
     bugs = [
         bug
-        for bug in every
+        for bug in yaml.safe_load(BUGS.read_text())
         if not asked.names or any(word in bug["bug"] for word in asked.names)
     ]
-    free = queue.SimpleQueue()  # copies in which nothing is planted
-
-    def judged(bug: dict) -> str:
-        copy, begin = free.get(), time.monotonic()
-        try:
-            result, said = planted(copy, bug)
-        finally:
-            free.put(copy)
-        print(
-            f"{result:8} {time.monotonic() - begin:4.0f} s  {bug['bug']}: {said[:100]}",
-            flush=True,
-        )
-        return result
-
+    by_file: dict[str, list[str]] = {}
+    for test in sorted({bug["test"] for bug in bugs}):
+        by_file.setdefault(test.split("::")[0], []).append(test)
     with tempfile.TemporaryDirectory() as folder:
-        copies = [copied(Path(folder) / str(i)) for i in range(asked.at_once)]
-        sound = tested(copies[0], sorted({bug["test"] for bug in bugs}))
-        if sound.returncode:
-            raise SystemExit(
-                "the tests must pass before anything is planted:\n"
-                f"{sound.stdout[-3000:]}"
-            )
-        for copy in copies:
-            free.put(copy)
-        with ThreadPoolExecutor(asked.at_once) as pool:
-            results = list(pool.map(judged, bugs))
-    rows = [
-        {
-            "bug": bug["bug"],
-            "patch": f"{bug['file']}: {shown(bug['old'])} -> {shown(bug['new'])}",
-            "test": bug["test"],
-            "result": result,
-        }
-        for bug, result in zip(bugs, results, strict=True)
-    ]
-    survivors = [row["bug"] for row in rows if row["result"] == "survived"]
-    print(
-        f"{len(rows) - len(survivors)} of {len(rows)} caught; "
-        f"survived: {', '.join(survivors) or 'none'}"
-    )
+        copies = [copy_project(Path(folder) / str(i)) for i in range(asked.at_once)]
+        complaints = share_copies(copies, check_sound, list(by_file.values()))
+        if any(complaints):
+            text = "\n".join(filter(None, complaints))
+            raise SystemExit(f"the tests must pass before a bug is planted:\n{text}")
+        results = share_copies(copies, plant_and_show, bugs)
+    rows = [row(bug, result) for bug, result in zip(bugs, results, strict=True)]
+    escaped = [one["bug"] for one in rows if one["result"] != "caught"]
+    caught = len(rows) - len(escaped)
+    print(f"{caught} of {len(rows)} caught; not: {', '.join(escaped) or 'none'}")
     if not asked.names:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-    raise SystemExit(bool(survivors))
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+        asked.out.write_text(text)
+    raise SystemExit(bool(escaped))
 
 
 if __name__ == "__main__":

@@ -204,10 +204,10 @@ def measured(**by_quantity) -> dict:
     return table
 
 
-def verdict(table: pd.DataFrame, **wanted) -> list[str]:
+def verdict(ledger: pd.DataFrame, **wanted) -> list[str]:
     for column, value in wanted.items():
-        table = table[table[column] == value]
-    return list(table.verdict)
+        ledger = ledger[ledger[column] == value]
+    return list(ledger.verdict)
 
 
 def test_ratios_are_compared_and_not_times():
