@@ -87,12 +87,12 @@ def test_right_parameters_arrive_with_their_types(kernels, outputs):
 
 def test_numbers_as_people_write_them():
     assert (
-        notebooks._typed("lr", "1e-3", "float") == 0.001
-        and notebooks._typed("lr", "2", "float") == 2.0
+        notebooks._parse_value("lr", "1e-3", "float") == 0.001
+        and notebooks._parse_value("lr", "2", "float") == 2.0
     )
     assert (
-        notebooks._typed("name", "007", "str") == "007"
-        and notebooks._typed("on", "false", "bool") is False
+        notebooks._parse_value("name", "007", "str") == "007"
+        and notebooks._parse_value("on", "false", "bool") is False
     )
     for text, kind in (
         ("x", "float"),
@@ -101,7 +101,7 @@ def test_numbers_as_people_write_them():
         ("yes please", "bool"),
     ):
         with pytest.raises(UserError, match="must be"):
-            notebooks._typed("it", text, kind)
+            notebooks._parse_value("it", text, kind)
 
 
 def test_a_study_that_needs_a_gpu(capsys, kernels, monkeypatch):

@@ -580,7 +580,7 @@ def test_a_plan_through_the_notebooks_and_the_report(planned, mini_yaml, run_cel
     page = write_report(load_study(str(mini_yaml))).read_text()
     verdict = plan_validation.describe_plan(record(planned, "wide"))
     kept = plan_validation.describe_kept(record(planned, "wide"))
-    assert "What to keep for a budget of bytes" in page
+    assert "Mixed precision within a byte budget" in page
     assert verdict[1:] in page and f"Kept: {kept}." in page
     rows = (planned.outputs / "summary.csv").read_text().splitlines()
     assert (

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, ViTImageProcessorPil
 
 from vitnb import cli
 from vitnb.data import dataset, garden
+from vitnb.data import images as images_module
 from vitnb.data.images import read_image
 from vitnb.data.splits import load_split
 from vitnb.errors import UserError
@@ -415,7 +416,9 @@ def test_a_batch_read_by_threads_is_the_batch_read_by_one(mini, monkeypatch):
     for cores in (2, 64):
         readers = set()
         monkeypatch.setattr(
-            dataset.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores))
+            images_module.os,
+            "sched_getaffinity",
+            lambda _, cores=cores: set(range(cores)),
         )
         monkeypatch.setattr(
             dataset,

@@ -20,7 +20,7 @@ from vitnb.training.seeds import train_seeds
 ADAPTERS = {
     "rank": 4,
     "alpha": 8,
-    "target": "mlp",
+    "targets": "mlp",
     "base_precision": "nf4",
     "gradient_checkpointing": True,
 }

@@ -50,9 +50,7 @@ def chosen_on(
     features, labels = _pool(bench)
     features = _with_ones(features)
     images = min(images, len(labels) // 2)
-    predicted = [
-        (features @ head).argmax(1) for head in _heads(bench, heads, random)
-    ]  # fmt: skip
+    predicted = [(features @ head).argmax(1) for head in _heads(bench, heads, random)]
     correct = np.array(predicted) == labels
     pairs = []
     for _ in range(repeats):

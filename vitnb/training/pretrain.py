@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -103,6 +104,18 @@ def pretrain(
     return results
 
 
+@contextmanager
+def tensor_float32() -> Iterator[None]:
+    """Multiply float32 in TensorFloat-32 where a GPU can; restore the setting after."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@tensor_float32()
 def train_base(
     settings: Pretrain,
     *,
@@ -124,7 +137,6 @@ def train_base(
     """
     device = torch.device(device)
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # tf32
     progress = Progress(settings, device)
     model = pretrain_vit.build_vit(settings).to(device)
     patches = model.vit.embeddings.patch_embeddings.num_patches
