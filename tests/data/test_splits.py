@@ -175,7 +175,7 @@ def test_halves(shapes, order):
             paths=[split.paths[i] for i in mixed],
             labels=[split.labels[i] for i in mixed],
         )
-    one, two = split.halves()
+    one, two = split.split_in_half()
     assert not set(one.paths) & set(two.paths) and set(one.paths) | set(
         two.paths
     ) == set(split.paths)
@@ -193,14 +193,14 @@ def test_halves(shapes, order):
         )
     if not order.step:
         assert one.paths == split.paths[::2] and two.paths == split.paths[1::2]
-    bare = replace(split, labels=[]).halves()
+    bare = replace(split, labels=[]).split_in_half()
     assert [half.labels for half in bare] == [[], []] and bare[1].paths == split.paths[
         1::2
     ]
     with pytest.raises(
         UserError, match="1 images of the train split: two halves take at least 2"
     ):
-        replace(split, paths=split.paths[:1], labels=[0]).halves()
+        replace(split, paths=split.paths[:1], labels=[0]).split_in_half()
 
 
 def test_the_first_batch_is_spread_over_the_split_and_never_too_small(shapes):

@@ -43,7 +43,7 @@ class Split:
             return self
         return self._select([i * len(self) // most for i in range(most)])
 
-    def halves(self) -> tuple["Split", "Split"]:
+    def split_in_half(self) -> tuple["Split", "Split"]:
         """Split in two halves, each with every second image of each class.
 
         Where images stand in the order of their classes, the halves have the even and

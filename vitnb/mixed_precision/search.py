@@ -241,7 +241,7 @@ def _load_images(study: Study) -> tuple[Split, Split, str]:
     valid, test = load_split(study, "valid"), load_split(study, "test")
     if test.name != "test":
         # Without a test split, the images that choose would validate as well.
-        return *valid.halves(), plan_validation.HALF
+        return *valid.split_in_half(), plan_validation.HALF
     return valid, test, plan_validation.TEST
 
 

@@ -218,8 +218,8 @@ def force_backend(backend: str):
     except RuntimeError as error:
         if "No available kernel" in str(error):
             raise VariantError(
-                f"PyTorch has no {backend} attention kernel for this model here: "
-                f"{one_line(error)}"
+                f"PyTorch has no {backend} attention kernel for this model here "
+                f"({one_line(error)}): use an sdpa variant"
             ) from None
         raise
 
