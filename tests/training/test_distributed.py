@@ -144,11 +144,12 @@ def test_several_processes_learn_what_one_learns(
     assert losses == pytest.approx(one_losses, rel=tolerance)
     difference = (several - one).norm() / (one - before).norm()
     assert difference < tolerance
-    assert without_seconds(lines) == without_seconds(one_lines)
+    assert progress(lines) == progress(one_lines)
 
 
-def without_seconds(lines: str) -> list[list[str]]:
-    return [line.split("  ")[:3] for line in lines.splitlines()]
+def progress(lines: str) -> list[list[str]]:
+    """Return the lines' words on the progress; losses are compared as numbers."""
+    return [line.split("  ")[:2] for line in lines.splitlines()]
 
 
 @pytest.mark.gpu
