@@ -117,13 +117,8 @@ class Bench:
 
     def _features(self, pictures: Pictures) -> np.ndarray:
         """Compute what the base hands to its head: float64 [images, width]."""
-        batches = []
-        head = self._base.get_submodule(layers.head_name(self._base))
-        hook = head.register_forward_pre_hook(
-            lambda _, inputs: batches.append(inputs[0].float().cpu())
-        )
-        self.logits(pictures.pixels, self._base)
-        hook.remove()
+        with layers.collect_features(self._base) as batches:
+            self.logits(pictures.pixels, self._base)
         return torch.cat(batches).double().numpy()
 
     @cached_property

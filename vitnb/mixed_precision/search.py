@@ -143,7 +143,7 @@ class PlanSearch:
     """
 
     def __init__(self, study: Study, folder: Path):
-        self.loaded = loader.load_variant(study, variants.parse(variants.BASELINE))
+        self.loaded = loader.load_baseline(study)
         self.merged_sha256 = checkpoints.fingerprint(self.loaded.folder)
         valid, test, self.validated_on = _load_images(study)
         self.images = {

@@ -3,6 +3,10 @@
 All names are read from the model's modules, so that any family of ViT works.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 from vitnb.errors import UserError
@@ -93,3 +97,23 @@ def linear_kinds(model: nn.Module) -> dict[str, list[str]]:
             kind = name if short.count(name) == 1 else path
             kinds.setdefault(kind, []).append(f"{block}.{path}")
     return kinds
+
+
+@contextmanager
+def collect_features(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the inputs of the classification head while a block of forwards runs.
+
+    Yields:
+        A list that gains float32 [batch, hidden] on the CPU at each forward.
+    """
+    features: list[torch.Tensor] = []
+
+    def keep_input(_, inputs: tuple[torch.Tensor, ...]) -> None:
+        features.append(inputs[0].float().cpu())
+
+    head = model.get_submodule(head_name(model))
+    hook = head.register_forward_pre_hook(keep_input)
+    try:
+        yield features
+    finally:
+        hook.remove()

@@ -110,18 +110,10 @@ def _probe(
 @torch.no_grad()
 def _features(model: nn.Module, images: TensorDataset) -> np.ndarray:
     """Return the inputs of the classification head, float32 [images, hidden]."""
-    features = []
-
-    def keep_input(_, inputs: tuple[torch.Tensor, ...]) -> None:
-        features.append(inputs[0].float().cpu())
-
     device = devices.select_device()
-    head = model.get_submodule(layers.head_name(model))
-    hook = head.register_forward_pre_hook(keep_input)
-    with devices.autocast(device):
+    with layers.collect_features(model) as features, devices.autocast(device):
         for pixels, _ in dataset.make_batches(images, dataset.BATCH_SIZE):
             model(pixel_values=pixels.to(device))
-    hook.remove()
     return torch.cat(features).numpy()
 
 
