@@ -1,44 +1,35 @@
 # Which notebook runs after which, for which variant: `python -m vitnb study NAME`.
 #
 # Every job takes all cores: a job that measures time shares the machine with no other.
+# The outputs are marks, see vitnb/workflow.py.
 # Priorities: the variants and their comparison come first, so that a run that is cut
 # short has the main part.
 from vitnb import variants
 from vitnb.study import ROOT, load_study
+from vitnb.workflow import job_names, mark
 
 study = load_study(config.get("study", "embedded"))
 asked = config.get("study", "embedded")
-records = study.outputs / "records"
+marks = study.outputs / ".jobs"
+python = sys.executable
 source = ROOT / "studies" / f"{asked}.yaml"
 if asked.endswith((".yaml", ".yml")):
     source = asked
-base = []
-if study.pretrain:
-    base.append(records / "pretrain.json")
-measured = [
-    *base,
-    records / "finetune.json",
-    *(records / f"evaluate-{variants.parse(variant).file}.json" for variant in study.variants),
-    records / "compare.json",
-    records / "ablate.json",
-    *(records / f"plan-{name}.json" for name in study.plans),
-    records / "infer.json",
-]
-if study.waterfall:
-    measured.append(records / "waterfall.json")
+measured = [mark(study, name) for name in job_names(study)]
+base = [mark(study, "pretrain")] if study.pretrain else []
 # The variant of each name in file names.
 named = {variants.parse(variant).file: variant for variant in study.variants}
 
 
 def exported(variant):
-    """Return the record of the job that makes a variant's checkpoint."""
+    """Return the mark of the job that makes a variant's checkpoint."""
     plan = variants.parse(variant).plan
-    return records / (f"plan-{plan}.json" if plan else "finetune.json")
+    return marks / (f"plan-{plan}" if plan else "finetune")
 
 
 rule all:
     input:
-        study.outputs / "report.html",
+        marks / "report",
         measured,  # a lost record is made again even if the report is newer
 
 
@@ -47,14 +38,13 @@ if study.pretrain:
     # A base depends on its settings alone: another change of the study keeps it.
     rule pretrain:
         output:
-            records / "pretrain.json",
-            directory(study.own_base),
+            touch(marks / "pretrain"),
         params:
             settings=vars(study.pretrain),
             seed=study.seed,
         threads: workflow.cores
         shell:
-            "{sys.executable} -m vitnb pretrain {asked}"
+            "{python:q} -m vitnb pretrain {asked:q}"
 
 
 rule finetune:
@@ -62,11 +52,10 @@ rule finetune:
         source,
         base,
     output:
-        records / "finetune.json",
-        *(directory(study.checkpoint(name)) for name in ("merged", "nf4", "int8")),
+        touch(marks / "finetune"),
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb run finetune -p study {asked}"
+        "{python:q} -m vitnb run finetune -p study {asked:q}"
 
 
 rule evaluate:
@@ -74,27 +63,26 @@ rule evaluate:
         source,
         lambda wildcards: exported(named[wildcards.variant]),
     output:
-        records / "evaluate-{variant}.json",
+        touch(marks / "evaluate-{variant}"),
     params:
         variant=lambda wildcards: named[wildcards.variant],
     priority: 50
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb run evaluate -p study {asked} -p variant {params.variant} --allow-failed"
+        "{python:q} -m vitnb run evaluate -p study {asked:q} -p variant {params.variant:q} --allow-failed"
 
 
 rule compare:
     input:
         source,
-        records / "finetune.json",
-        *(records / f"evaluate-{name}.json" for name in named),
+        marks / "finetune",
+        *(marks / f"evaluate-{name}" for name in named),
     output:
-        records / "compare.json",
-        study.outputs / "ratios.csv",
+        touch(marks / "compare"),
     priority: 40
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb compare {asked}"
+        "{python:q} -m vitnb compare {asked:q}"
 
 
 if study.waterfall:
@@ -102,43 +90,39 @@ if study.waterfall:
     rule waterfall:
         input:
             source,
-            records / "finetune.json",
+            marks / "finetune",
         output:
-            records / "waterfall.json",
-            study.outputs / "waterfall.csv",
+            touch(marks / "waterfall"),
         priority: 30
         threads: workflow.cores
         shell:
-            "{sys.executable} -m vitnb waterfall {asked}"
+            "{python:q} -m vitnb waterfall {asked:q}"
 
 
 rule ablate:
     input:
         source,
-        records / "finetune.json",
+        marks / "finetune",
     output:
-        records / "ablate.json",
-        study.outputs / "ablation.csv",
+        touch(marks / "ablate"),
     priority: 20
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb run ablate -p study {asked}"
+        "{python:q} -m vitnb run ablate -p study {asked:q}"
 
 
 rule plan:  # for another budget: python -m vitnb plan
     input:
         source,
-        records / "finetune.json",
+        marks / "finetune",
     output:
-        records / "plan-{name}.json",
-        study.outputs / "plans" / "{name}.json",
-        directory(study.checkpoint("plan-{name}")),
+        touch(marks / "plan-{name}"),
     params:
         share=lambda wildcards: study.plans[wildcards.name],
     priority: 15
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb plan {asked} --name {wildcards.name} --budget {params.share}"
+        "{python:q} -m vitnb plan {asked:q} --name {wildcards.name} --budget {params.share}"
 
 
 rule infer:
@@ -146,12 +130,11 @@ rule infer:
         source,
         exported(study.infer_variant),
     output:
-        records / "infer.json",
-        study.outputs / "predictions.csv",
+        touch(marks / "infer"),
     priority: 10
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb run infer -p study {asked} -p variant {study.infer_variant}"
+        "{python:q} -m vitnb run infer -p study {asked:q} -p variant {study.infer_variant:q}"
 
 
 rule report:
@@ -159,10 +142,7 @@ rule report:
         source,
         measured,
     output:
-        study.outputs / "report.html",
-        study.outputs / "summary.csv",
-        study.outputs / "accuracy.csv",
-        study.outputs / "claims.csv",
+        touch(marks / "report"),
     threads: workflow.cores
     shell:
-        "{sys.executable} -m vitnb report {asked}"
+        "{python:q} -m vitnb report {asked:q}"

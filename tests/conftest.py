@@ -5,14 +5,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes as bnb
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitnb import notebooks
+from vitnb import devices, notebooks
 from vitnb.data.splits import load_split
 from vitnb.mixed_precision import switchable
 from vitnb.models import checkpoints, pretrained
@@ -101,6 +103,45 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict]:
 
     monkeypatch.setattr(switchable.CachedEvaluator, "evaluate", counted)
     return evaluated
+
+
+def unpack(weight: torch.Tensor, state) -> torch.Tensor:
+    """Return the weights, float32 [out, in], that bitsandbytes has packed for a CPU.
+
+    Two neighbours in a row and 32 rows lie together. Of these 64 numbers, the first 32
+    are in the low halves of 32 bytes.
+    """
+    rows, columns = state.shape
+    halves = weight.reshape(rows // 32, columns // 2, 32)
+    together = torch.cat([halves & 15, halves >> 4], dim=-1)
+    indices = together.view(rows // 32, columns // 2, 32, 2).transpose(1, 2)
+    scale = state.absmax.T.float().repeat_interleave(state.blocksize, 1)
+    return state.code[indices.reshape(rows, columns).int()] * scale
+
+
+@pytest.fixture
+def packing_cpu(monkeypatch) -> None:
+    """Plays a CPU with AVX512-BF16: bitsandbytes packs NF4 weights by its own code.
+
+    Only the product of packed weights is written here.
+    """
+
+    def multiply(x, weight, out=None, state=None):
+        return nn.functional.linear(x, unpack(weight, state).to(x.dtype))
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bnb.functional, "gemv_4bit", multiply)
+    monkeypatch.setattr(devices, "select_device", lambda asked=None: cpu)
+    monkeypatch.setattr(devices, "compute_dtype", lambda device: torch.bfloat16)
+
+
+@pytest.fixture(params=["this machine", "a CPU that packs"])
+def machine(request) -> str:
+    """Runs a test on this machine as it is, and on a CPU that packs NF4 weights."""
+    if request.param == "a CPU that packs":
+        request.getfixturevalue("packing_cpu")
+    return request.param
 
 
 @pytest.fixture(scope="session")

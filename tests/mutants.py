@@ -1,17 +1,25 @@
 """Plant bugs, one at a time, in a copy of the project: a test must fail of each.
 
-``python tests/mutants.py [NAME ...]`` plants the bugs of ``mutants.yaml`` (only some:
-words of their names), two at a time. It writes ``outputs/published/mutants.csv`` with
-bug, patch, test and result: ``caught``, ``survived`` or ``broken``.
+``python tests/mutants.py`` plants the bugs of ``mutants.yaml`` that are new, were not
+caught, or whose code has changed since. ``--all`` plants every bug, words of their
+names only those. Each result is written at once into ``outputs/published/mutants.csv``;
+the other rows stay. A row holds bug, patch, test, result (``caught``, ``survived`` or
+``broken``), commit (with a ``+`` if changes were not committed) and a digest of the
+code.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +42,152 @@ NEEDED = (
     "pyproject.toml",
     "Snakefile",
 )
+COLUMNS = ("bug", "patch", "test", "result", "commit", "code")
+COMMIT = re.compile(r"[0-9a-f]{7}\+?")
+
+
+# --- What a result depends on ---
+
+
+def code_digest(root: Path, bug: dict) -> str:
+    """Return a digest of a bug, of its file and of its test's file, without the bug.
+
+    A file that is missing counts as an empty one.
+    """
+    words = [bug[key] for key in ("file", "old", "new", "test")]
+    digest = hashlib.sha256(json.dumps(words).encode())
+    for name in (bug["file"], bug["test"].split("::")[0]):
+        path = root / name
+        whole = path.read_bytes() if path.is_file() else b""
+        digest.update(hashlib.sha256(whole).digest())
+    return digest.hexdigest()[:16]
+
+
+def find_older(table: pd.DataFrame, bugs: list[dict], root: Path) -> list[str]:
+    """Return the bugs whose rows speak of another patch, file or test than today's."""
+    now = {bug["bug"]: code_digest(root, bug) for bug in bugs}
+    return [
+        name
+        for name, code in zip(table.bug, table.code, strict=True)
+        if now.get(name, code) != code
+    ]
+
+
+def describe_older(table: pd.DataFrame, bugs: list[dict], root: Path) -> str:
+    """Return a text that counts and names older rows; empty if there are none."""
+    older = find_older(table, bugs, root)
+    if not older:
+        return ""
+    begin = f"{len(older)} of {len(table)} rows of {RESULTS.name} were caught in older"
+    return "\n- ".join([f"{begin} code: make mutants", *older])
+
+
+def select_bugs(
+    bugs: list[dict], table: pd.DataFrame, names: list[str], every: bool = False
+) -> list[dict]:
+    """Return the bugs to plant: by words of their names, every one, or what is due.
+
+    Due are bugs that the table does not call caught, and those whose code has changed.
+    """
+    if names:
+        return [bug for bug in bugs if any(word in bug["bug"] for word in names)]
+    if every:
+        return bugs
+    caught = set(table.bug[table.result == "caught"])
+    settled = caught - set(find_older(table, bugs, ROOT))
+    return [bug for bug in bugs if bug["bug"] not in settled]
+
+
+def ask_git(*words: str) -> str | None:
+    """Return what git prints about the project; None where git cannot say."""
+    try:
+        ended = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return ended.stdout.strip() if ended.returncode == 0 else None
+
+
+def read_commit() -> str | None:
+    """Return the commit of the files that are copied, with a ``+`` if they changed.
+
+    None where git cannot say, as in a copy without history.
+    """
+    commit = ask_git("rev-parse", "HEAD")
+    known = ask_git("ls-files", "--error-unmatch", *NEEDED[:1])
+    changes = ask_git("status", "--porcelain", "--", *NEEDED)
+    if not commit or not known or changes is None:
+        return None
+    return commit[:7] + ("+" if changes else "")
+
+
+def newest_commit(commits: list[str]) -> str | None:
+    """Return the newest of some commits; None where git does not know one of them.
+
+    A commit with changes (``+``) is newer than the same commit without.
+    """
+    names = sorted({commit.removesuffix("+") for commit in commits})
+    found = ask_git("rev-list", "--no-walk=sorted", "--max-count=1", *names, "--")
+    if not found:
+        return None
+    name = found[:7]
+    return f"{name}+" if f"{name}+" in commits else name
+
+
+# --- The table ---
+
+
+def read_bugs() -> list[dict]:
+    """Return the bugs of ``mutants.yaml``."""
+    return yaml.safe_load(BUGS.read_text())
+
+
+def read_table(path: Path = RESULTS) -> pd.DataFrame:
+    """Return the table as text, as a commit may look like a number; empty if missing.
+
+    Columns that an older table lacks are empty.
+    """
+    if not path.exists():
+        return pd.DataFrame(columns=list(COLUMNS), dtype=str)
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return table.reindex(columns=list(COLUMNS), fill_value="")
+
+
+class Table:
+    """The table on disk: whole after each row, in the order of the bugs."""
+
+    def __init__(self, path: Path, bugs: list[dict]) -> None:
+        self.path, self.order = path, [bug["bug"] for bug in bugs]
+        self.rows = {row["bug"]: row for row in read_table(path).to_dict("records")}
+        self.lock = threading.Lock()
+
+    def put(self, row: dict) -> None:
+        """Set the row of one bug and write the table."""
+        with self.lock:
+            self.rows[row["bug"]] = row
+            self.write()
+
+    def write(self) -> None:
+        """Write the rows of the bugs that there are; rows of others go."""
+        rows = [self.rows[name] for name in self.order if name in self.rows]
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Another file first: a killed process must not leave half a table.
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(table.to_csv(index=False, lineterminator="\n"))
+        part.replace(self.path)
+
+
+def make_row(bug: dict, result: str, commit: str, code: str) -> dict[str, str]:
+    """Return a row of the table; a patch stands on one line."""
+    old, new = (" ".join(bug[key].split()) for key in ("old", "new"))
+    patch = f"{bug['file']}: {old} -> {new}"
+    values = (bug["bug"], patch, bug["test"], result, commit, code)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+# --- Planting ---
 
 
 def copy_project(folder: Path) -> Path:
@@ -78,7 +232,7 @@ def plant(copy: Path, bug: dict) -> tuple[str, str]:
     without the bug), and the first line of the complaint.
     """
     path = copy / bug["file"]
-    whole = path.read_text()
+    whole = path.read_text() if path.is_file() else ""
     count = whole.count(bug["old"])
     if count != 1:
         return "broken", f"{bug['file']} holds its text {count} times, not once"
@@ -111,53 +265,91 @@ def share_copies(copies: list[Path], work: Callable, items: list) -> list:
         return list(pool.map(one, items))
 
 
-def plant_and_show(copy: Path, bug: dict) -> str:
-    """Plant one bug, print a line, and return the result."""
-    begin = time.monotonic()
-    result, complaint = plant(copy, bug)
-    seconds = time.monotonic() - begin
-    print(f"{result:8} {seconds:4.0f} s  {bug['bug']}: {complaint[:100]}", flush=True)
-    return result
+def plant_all(copies: list[Path], bugs: list[dict], table: Table, commit: str) -> list:
+    """Plant bugs, print a line for each, and write its row at once.
+
+    Returns the bugs that no test caught. Ctrl-C ends the tests as well; what they said
+    then is no result, and their rows stay as they were.
+    """
+    stopped = threading.Event()
+
+    def stop(*_):
+        stopped.set()
+        raise KeyboardInterrupt
+
+    def one(copy: Path, bug: dict) -> str | None:
+        begin, code = time.monotonic(), code_digest(copy, bug)
+        result, complaint = plant(copy, bug)
+        if stopped.is_set():
+            return None
+        seconds = time.monotonic() - begin
+        line = f"{result:8} {seconds:4.0f} s  {bug['bug']}: {complaint[:100]}"
+        print(line, flush=True)
+        table.put(make_row(bug, result, commit, code))
+        return None if result == "caught" else bug["bug"]
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        return [name for name in share_copies(copies, one, bugs) if name]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def row(bug: dict, result: str) -> dict:
-    """Return a row of the table; code stands on one line."""
-    old, new = (" ".join(bug[key].split()) for key in ("old", "new"))
-    patch = f"{bug['file']}: {old} -> {new}"
-    return {"bug": bug["bug"], "patch": patch, "test": bug["test"], "result": result}
+def parse_commit(text: str) -> str:
+    """Return a commit as the table holds it: seven digits, perhaps a ``+``."""
+    if not re.fullmatch(r"[0-9a-f]{7,40}\+?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit: 7 to 40 hex digits")
+    return text[:7] + ("+" if text.endswith("+") else "")
 
 
-def main() -> None:
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="words of the bugs; all without")
+    parser.add_argument("names", nargs="*", help="words of the bugs' names")
+    parser.add_argument("--all", action="store_true", help="every bug")
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the table")
-    asked = parser.parse_args()
-    bugs = [
-        bug
-        for bug in yaml.safe_load(BUGS.read_text())
-        if not asked.names or any(word in bug["bug"] for word in asked.names)
-    ]
+    parser.add_argument(
+        "--commit", type=parse_commit, help="of this code, where git cannot say it"
+    )
+    asked = parser.parse_args(words)
+    asked.commit = asked.commit or read_commit()
+    if not asked.commit:
+        parser.error("git cannot say the commit of this code: add --commit SHA")
+    return asked
+
+
+def plant_due(due: list[dict], table: Table, at_once: int, commit: str) -> list[str]:
+    """Plant bugs in copies of the project; return those that no test caught.
+
+    A bug is broken if its test fails without it.
+    """
     by_file: dict[str, list[str]] = {}
-    for test in sorted({bug["test"] for bug in bugs}):
+    for test in sorted({bug["test"] for bug in due}):
         by_file.setdefault(test.split("::")[0], []).append(test)
     with tempfile.TemporaryDirectory() as folder:
-        copies = [copy_project(Path(folder) / str(i)) for i in range(asked.at_once)]
+        number = min(at_once, len(due))
+        copies = [copy_project(Path(folder) / str(i)) for i in range(number)]
         lists = share_copies(copies, find_unsound, list(by_file.values()))
         unsound = list(chain.from_iterable(lists))
         print(f"fail before a bug is planted: {', '.join(unsound) or 'none'}")
-        sound_bugs = [bug for bug in bugs if bug["test"] not in unsound]
-        outcomes = share_copies(copies, plant_and_show, sound_bugs)
-    by_bug = {bug["bug"]: one for bug, one in zip(sound_bugs, outcomes, strict=True)}
-    results = [by_bug.get(bug["bug"], "broken") for bug in bugs]
-    rows = [row(bug, result) for bug, result in zip(bugs, results, strict=True)]
-    escaped = [one["bug"] for one in rows if one["result"] != "caught"]
-    caught = len(rows) - len(escaped)
-    print(f"{caught} of {len(rows)} caught; not: {', '.join(escaped) or 'none'}")
-    if not asked.names:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-        asked.out.write_text(text)
+        broken = [bug for bug in due if bug["test"] in unsound]
+        for bug in broken:
+            table.put(make_row(bug, "broken", commit, code_digest(copies[0], bug)))
+        sound = [bug for bug in due if bug["test"] not in unsound]
+        return [bug["bug"] for bug in broken] + plant_all(copies, sound, table, commit)
+
+
+def main(words: list[str] | None = None) -> None:
+    asked, bugs = parse_arguments(words), read_bugs()
+    table = Table(asked.out, bugs)
+    due = select_bugs(bugs, read_table(asked.out), asked.names, asked.all)
+    if asked.names and not due:
+        raise SystemExit(f"no bug's name holds {' or '.join(asked.names)}")
+    print(f"{len(due)} of {len(bugs)} bugs to plant, at commit {asked.commit}")
+    table.write()
+    escaped = plant_due(due, table, asked.at_once, asked.commit) if due else []
+    caught = len(due) - len(escaped)
+    print(f"{caught} of {len(due)} caught; not: {', '.join(escaped) or 'none'}")
     raise SystemExit(bool(escaped))
 
 

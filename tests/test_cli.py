@@ -3,7 +3,9 @@
 Nothing is written, and no kernel is started.
 """
 
+import errno
 import json
+import os
 
 import papermill
 import pytest
@@ -49,6 +51,19 @@ def refused(capsys, *words: str) -> str:
         (["evaluate", "-p", "batch_size", "true"], "must be int"),
         (["evaluate", "-p", "batch_size", "["], "must be int, got '['"),
         (["evaluate", "-p", "batch_size", "0"], "at least 1"),
+        (["evaluate", "-p", "device", "gpu"], "device must be cpu or cuda"),
+        (["evaluate", "-p", "seed", "-1"], "seed must be in 0 to 4294967295"),
+        (["evaluate", "-p", "seed", "4294967296"], "seed must be in 0 to 4294967295"),
+        (["finetune", "-p", "rank", "0"], "rank must be at least 1"),
+        (["finetune", "-p", "alpha", "0"], "alpha must be at least 1"),
+        (["finetune", "-p", "epochs", "0"], "epochs must be at least 1"),
+        (["finetune", "-p", "seeds", "0"], "seeds must be at least 1"),
+        (["finetune", "-p", "processes", "0"], "processes must be at least 1"),
+        (["finetune", "-p", "processes", "5"], "do not divide the study's finetune"),
+        (["finetune", "-p", "targets", "mlp;fc1"], "targets must be all, or names"),
+        (["finetune", "-p", "base_precision", "fp8"], "base_precision must be fp32"),
+        (["ablate", "-p", "by", "head"], "by must be layer or linear"),
+        (["infer", "-p", "images", "no/such"], "no folder no/such: 'images' takes"),
         (["finetune", "-p", "gradient_checkpointing", "1"], "must be true or false"),
         (
             ["evaluate", "-p", "study", "no/such/file.yaml"],
@@ -295,3 +310,52 @@ def test_shipped_studies_load():
     assert set(study_names()) >= {"embedded", "flowers102"}
     for name in study_names():
         assert load_study(name).name == name
+
+
+def test_outputs_that_cannot_be_written(capsys, kernels, tmp_path, monkeypatch):
+    """A file stands in the place of their folder."""
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path / "file"))
+    line = refused(capsys, "run", "evaluate")
+    assert line.startswith("vitnb: cannot write ") and str(tmp_path / "file") in line
+    assert "move away what is in its place, or name another folder" in line
+    assert kernels == [] and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EACCES, "cannot write /x/y: Permission denied: make it writable"),
+        (errno.EROFS, "cannot write /x/y: Read-only file system: make it writable"),
+        (errno.ENOSPC, "cannot write /x/y: No space left on device: make room"),
+        (errno.EDQUOT, "cannot write /x/y: Disk quota exceeded: make room"),
+        (errno.ENOTDIR, "cannot write /x/y: Not a directory: move away"),
+        (errno.EEXIST, "cannot write /x/y: File exists: move away"),
+        (errno.EIO, "cannot open /x/y: Input/output error"),
+        (errno.ENOENT, "cannot open /x/y: No such file or directory"),
+    ],
+)
+def test_an_error_of_the_file_system_is_one_line(capsys, monkeypatch, number, told):
+    def fail(_):
+        raise OSError(number, os.strerror(number), "/x/y")
+
+    monkeypatch.setattr(cli, "_variants", fail)
+    assert told in refused(capsys, "variants")
+
+
+def test_an_error_without_a_file_keeps_its_trace(monkeypatch):
+    """It is a mistake in the code, or of a library."""
+
+    def fail(_):
+        raise OSError("a library's own")
+
+    monkeypatch.setattr(cli, "_variants", fail)
+    with pytest.raises(OSError, match="a library's own"):
+        cli.main(["variants"])
+
+
+def test_the_base_of_no_steps(capsys, tmp_path):
+    for option in ("--steps", "--batch-size"):
+        line = refused(capsys, "pretrain", "--out", str(tmp_path / "b"), option, "0")
+        assert "must be at least 1, got 0" in line
+    assert "seed must be" in refused(capsys, "pretrain", "--seed", "-1")

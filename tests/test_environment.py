@@ -32,7 +32,7 @@ def test_conda_and_pip_ask_for_the_same():
         "conda may narrow the range, never widen it"
     )
     assert (
-        python.contains("3.11")
+        python.contains("3.11.4")
         and not python.contains("3.14")
         and conda.pop("pip") == ""
     )

@@ -36,7 +36,7 @@ READING_FILES = (
 
 LONGEST_CHAIN = 12
 TOP_MODULES = 12
-INFER_MODULES = 26
+INFER_MODULES = 28
 NOTEBOOK_LINES = 60
 
 # Raises on any import of a library that measures, then runs a command.

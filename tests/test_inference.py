@@ -1,5 +1,6 @@
 """Inference on a folder with everything that people leave in folders."""
 
+import csv
 import gc
 import os
 import weakref
@@ -15,15 +16,16 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from vitnb import figures, inference, variants
 from vitnb.data.images import read_image
-from vitnb.errors import UserError
+from vitnb.errors import UserError, VariantError
 from vitnb.inference import (
     COLUMNS,
     classify,
     find_pictures,
     gallery_entries,
-    write_predictions,
+    predictions_table,
 )
 from vitnb.models import loader
+from vitnb.records.files import write_csv
 
 BAD = {"b/cut.jpg", "b/text.png", "b/empty.png"}
 
@@ -95,9 +97,9 @@ def test_names_and_probabilities_are_plain_transformers(mini, loaded, folder):
 
 def test_the_csv_reads_back(mini, loaded, folder, tmp_path):
     rows, _ = classify(loaded, *find_pictures(mini, str(folder))[1::-1])
-    table = pd.read_csv(
-        write_predictions(rows, tmp_path / "out" / "p.csv"), keep_default_na=False
-    )
+    path = tmp_path / "out" / "p.csv"
+    write_csv(path, predictions_table(rows))
+    table = pd.read_csv(path, keep_default_na=False)
     assert list(table.columns) == COLUMNS and len(table) == 78
     assert set(table.path[table.error != ""]) == BAD
     good = table[table.error == ""]
@@ -105,6 +107,17 @@ def test_the_csv_reads_back(mini, loaded, folder, tmp_path):
     assert (np.diff(probabilities) <= 0).all() and np.abs(
         probabilities.sum(1) - 1
     ).max() < 5e-4
+
+
+def test_logits_that_are_not_finite_are_no_names(mini, loaded, folder):
+    def break_last(module, inputs, output):
+        if len(output.logits) < 64:  # the second batch
+            output.logits[-3:] = float("nan")
+
+    loaded.model.register_forward_hook(break_last)
+    root, paths, _ = find_pictures(mini, str(folder))
+    with pytest.raises(VariantError, match=r"3 of \d+ images are not finite"):
+        classify(loaded, paths, root)
 
 
 def test_the_test_split_is_the_default(mini):
@@ -243,9 +256,8 @@ def test_odd_and_hostile_files_in_one_folder(mini, loaded, tmp_path):
             row["error"].startswith(bad.get(row["path"], ""))
             and str(tmp_path) not in row["error"]
         )
-    table = pd.read_csv(
-        write_predictions(rows, tmp_path / "named.csv"), keep_default_na=False
-    )
+    write_csv(tmp_path / "named.csv", predictions_table(rows))
+    table = pd.read_csv(tmp_path / "named.csv", keep_default_na=False)
     assert set(table.path[table.error == ""]) == good and set(
         table.path[table.error != ""]
     ) == set(bad)
@@ -273,3 +285,30 @@ def test_one_picture_in_memory_at_a_time(mini, loaded, folder, monkeypatch):
     monkeypatch.setattr(inference, "read_image", counted)
     classify(loaded, sorted((folder / "a").iterdir())[:20], folder)
     assert len(most) == 20 and max(most) <= 2
+
+
+HOSTILE = {
+    "=HYPERLINK(1).png": "'=HYPERLINK(1).png",
+    "@SUM(A1).png": "'@SUM(A1).png",
+    "+1+1.png": "'+1+1.png",
+    "-2+3.png": "'-2+3.png",
+    'a,"b" $c.png': 'a,"b" $c.png',
+    "two\nlines.png": "two\\nlines.png",
+}
+
+
+def test_no_name_becomes_a_formula_of_a_spreadsheet(mini, loaded, tmp_path):
+    """Neither a picture's name nor a class's; other names arrive whole."""
+    folder = tmp_path / "pile"
+    folder.mkdir()
+    for name in HOSTILE:
+        shape("ring", np.random.RandomState(1)).save(folder / name)
+    loaded.class_names = ["=cmd()", "-a", "@b", "+c"]
+    rows, _ = classify(loaded, *find_pictures(mini, str(folder))[1::-1])
+    write_csv(tmp_path / "p.csv", predictions_table(rows))
+    with (tmp_path / "p.csv").open(newline="") as file:
+        head, *found = csv.reader(file)
+    assert head == COLUMNS and {row[0] for row in found} == set(HOSTILE.values())
+    for row in found:
+        assert set(row[1:5]) == {"'=cmd()", "'-a", "'@b", "'+c"}
+        assert sum(map(float, row[6:10])) == pytest.approx(1, abs=1e-3)

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification
 from vitnb import cli, notebooks
 from vitnb.data.splits import load_split
 from vitnb.models import checkpoints, pretrained, quantization
+from vitnb.notebooks import run_label
 from vitnb.study import load_study
 
 NAMES = ("finetune", "evaluate", "ablate", "infer", "anatomy")
@@ -102,6 +103,31 @@ def test_stored_outputs_are_those_of_one_run_from_the_top(name):
 def test_the_stored_verdicts_are_good(name):
     text = json.dumps([cell.outputs for cell in code(name)])
     assert "as expected" in text and "NOT as expected" not in text
+
+
+def test_two_questions_never_share_an_executed_copy():
+    asked = [
+        {},
+        {"rank": 8},
+        {"seeds": 8},
+        {"variant": "nf4-sdpa"},
+        {"variant": "plan:nf4-sdpa"},
+        {"variant": "nf4-sdpa", "batch_size": 8},
+        {"images": "/data/monday/new"},
+        {"images": "/data/tuesday/new"},
+        {"targets": "q_proj,v_proj"},
+        {"targets": "q_proj.v_proj"},
+    ]
+    labels = [run_label("finetune", one) for one in asked]
+    assert len(set(labels)) == len(asked)
+    assert labels[:4] == [
+        "finetune",
+        "finetune-rank-8",
+        "finetune-seeds-8",
+        "finetune-nf4-sdpa",
+    ]
+    assert all(label == Path(label).name and label.isprintable() for label in labels)
+    assert run_label("infer", {"study": "x"}) == "infer"
 
 
 def test_vitnb_run_and_plain_papermill_do_the_same_work(

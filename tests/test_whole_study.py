@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +49,28 @@ def vitnb(*words: str, outputs: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def done(mini_yaml, tmp_path_factory) -> Path:
-    """The mini study's results, from an empty output root."""
+    """The mini study's results, from an empty output root.
+
+    Its path holds what a shell would take for more than a name. The first run is killed
+    with all its processes after the training; the second goes on.
+    """
     root = tmp_path_factory.mktemp("study")
-    ended = vitnb("study", str(mini_yaml), outputs=root)
+    path = root / "it's $(touch PWNED); a 'study'" / "mini.yaml"
+    path.parent.mkdir()
+    path.write_text(mini_yaml.read_text())
+    env = os.environ | {"VITNB_OUTPUTS": str(root), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "vitnb", "study", str(path)]
+    killed = subprocess.Popen(words, env=env, cwd=root, start_new_session=True)
+    trained = root / "mini" / "records" / "finetune.json"
+    while killed.poll() is None and not trained.exists():
+        time.sleep(0.2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    first = trained.read_bytes()
+    ended = vitnb("study", str(path), outputs=root)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert trained.read_bytes() == first, "what was done was done again"
+    assert not list(root.rglob("PWNED")) and not (ROOT / "PWNED").exists()
     return root / "mini"
 
 
@@ -69,7 +89,9 @@ def test_what_a_study_leaves(done):
         "claims.csv",
     ):
         assert (done / name).stat().st_size > 100
-    assert {path.stem for path in (done / "records").iterdir()} == {
+    names = {path.stem for path in (done / "records").iterdir()}
+    (ceilings,) = (name for name in names if name.startswith("ceilings-"))
+    assert names - {ceilings} == {
         "finetune",
         "evaluate-fp32-sdpa",
         "evaluate-nf4-fa2",
@@ -77,9 +99,9 @@ def test_what_a_study_leaves(done):
         "infer",
         "compare",
     }
-    assert not [
-        path for path in done.rglob(".*") if path.name != ".snakemake_timestamp"
-    ], "something half-written was left"
+    known = {".jobs", ".lock", ".vitnb"}  # of workflow, and the marker of a folder
+    hidden = [path.name for path in done.rglob(".*") if path.name not in known]
+    assert hidden == [], "something half-written was left"
 
 
 def test_the_report_is_one_file_that_names_every_variant(done):
@@ -106,6 +128,8 @@ def test_summary_follows_from_the_raw_records(done):
         ("nf4-fa2", 3),
     ]
     checked = {"variant", "batch_size"}
+    (path,) = (done / "records").glob("ceilings-*.json")
+    limits = json.loads(path.read_text())["ceilings"]
     for row in table.to_dict("records"):
         record = load(done, row["record"])
         timing = next(
@@ -118,7 +142,11 @@ def test_summary_follows_from_the_raw_records(done):
         peaks = next(
             p for p in record["memory"] if p["batch_size"] == row["batch_size"]
         )
-        roof, p50 = record["roofline"], np.median(samples) / 1e3
+        p50 = np.median(samples) / 1e3
+        flops = record["roofline"]["flops"][str(row["batch_size"])]
+        ((kind, operations),) = flops.items()  # nothing is in 8 bits
+        product = 1e12 * max(map(max, limits["products"][kind].values()))
+        copy = 1e9 * max(limits["copy_gbs"])
         labels, top5 = (
             np.array(record["predictions"]["labels"]),
             np.array(record["predictions"]["top5"]),
@@ -164,16 +192,11 @@ def test_summary_follows_from_the_raw_records(done):
             "cold_p50_ms": np.median(timing["cold_ms"]),
             "first_ms": timing["first_ms"],
             "warm_up_stable": timing["warm_up"]["stable"],
-            "tflops": roof["flops"][str(row["batch_size"])] / p50 / 1e12,
-            "matmul_share": roof["flops"][str(row["batch_size"])]
-            / p50
-            / 1e12
-            / roof["matmul_tflops"],
-            "roofline_share": max(
-                roof["flops"][str(row["batch_size"])] / roof["matmul_tflops"] / 1e12,
-                record["resident_bytes"] / roof["copy_gbs"] / 1e9,
-            )
+            "tflops": operations / p50 / 1e12,
+            "matmul_share": operations / product / p50,
+            "roofline_share": max(operations / product, record["resident_bytes"] / copy)
             / p50,
+            "share_reason": np.nan,
             "driver_peak_mb": peaks["driver_peak_bytes"] / 2**20,
             "launches": trace["launches"],
             "idle_time_ms": trace["idle_ms"],
@@ -234,11 +257,16 @@ def test_ratios_follow_from_the_raw_rounds(done):
         "a",
         "b",
         "batch_size",
+        "a_ran",
+        "b_ran",
         "ratio",
         "low",
         "high",
         "samples",
+        "df",
+        "p",
     ]
+    assert {*table.a_ran, *table.b_ran} == {"eager"}
     assert list(zip(table.a, table.b, table.batch_size, strict=True)) == [
         ("nf4-fa2", "fp32-sdpa", 1),
         ("nf4-fa2", "fp32-sdpa", 3),
@@ -353,7 +381,7 @@ def test_one_seed_gives_the_same_predictions_byte_for_byte(done, mini_yaml, tmp_
     ).read_bytes()
 
 
-def test_a_record_of_another_checkpoint_is_stale(done, mini_yaml):
+def test_a_record_of_another_checkpoint_is_left_out(done, mini_yaml):
     """A number belongs to its model: after another fine-tuning its row is empty."""
     path = done / "records" / "finetune.json"
     kept = path.read_text()
@@ -364,7 +392,7 @@ def test_a_record_of_another_checkpoint_is_stale(done, mini_yaml):
         assert vitnb("report", str(mini_yaml), outputs=done.parent).returncode == 0
         table = pd.read_csv(done / "summary.csv").set_index("variant")
         assert (
-            set(table.loc["nf4-fa2"].status) == {"stale"}
+            set(table.loc["nf4-fa2"].status) == {"outdated"}
             and table.loc["nf4-fa2"].top1.isna().all()
         )
         assert "another checkpoint" in table.loc["nf4-fa2"].reason.iloc[0]

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -33,6 +34,30 @@ warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 warnings.filterwarnings("ignore", message="IProgress not found")
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _close_hub() -> None:
+    """Let no library fetch anything by itself, in this process and in its children.
+
+    ``models.checkpoints.fetch_base`` alone reaches the hub, for a base that a study
+    names. A user who has closed the hub keeps it closed for bases, too.
+    """
+    closed = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+    if str(closed).upper() not in ("1", "ON", "YES", "TRUE"):  # what the hub reads
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ[BASES_FROM_HUB] = "1"
+    # The hub's library reads the variable once, when it is imported.
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_OFFLINE = True
+    # This package fetches compiled code from the hub. Where it is installed,
+    # bitsandbytes computes NF4 with such code on CPUs with AVX512-BF16, and
+    # transformers takes it for flash-attn. None makes its import fail.
+    sys.modules.setdefault("kernels", None)
+    os.environ["USE_HUB_KERNELS"] = "NO"
+
+
+BASES_FROM_HUB = "VITNB_BASES_FROM_HUB"  # set where the hub is closed by this package
+_close_hub()
 
 
 def _keep_memory() -> None:

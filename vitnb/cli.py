@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from vitnb.errors import UserError, VariantError, one_line
+from vitnb.errors import UserError, VariantError, describe_file_error, one_line
 
 
 def _download(args) -> object:
@@ -17,7 +17,7 @@ def _download(args) -> object:
 
 
 def _study(args) -> object:
-    from vitnb.notebooks import run_study
+    from vitnb.workflow import run_study
 
     return run_study(args.study, args.dry_run)
 
@@ -66,10 +66,12 @@ def _publish(args) -> object:
 
 def _pretrain(args) -> object:
     from vitnb.devices import select_device
+    from vitnb.records.parameters import check_parameters
     from vitnb.study import Pretrain
     from vitnb.training import pretrain
 
     options = {"steps": args.steps, "batch_size": args.batch_size}
+    check_parameters(options | {"seed": args.seed})
     given = {name: value for name, value in options.items() if value is not None}
     if args.study:
         if given or args.out or args.seed is not None:
@@ -78,7 +80,7 @@ def _pretrain(args) -> object:
                 "leave the options out, or the study"
             )
         return pretrain.pretrain_for_study(args.study)
-    out, device = args.out or "data/base", select_device("cuda")
+    out, device = Path(args.out or "data/base").expanduser(), select_device("cuda")
     pretrain.pretrain(out, Pretrain(**given), seed=args.seed or 0, device=device)
     return out
 
@@ -87,6 +89,13 @@ def _show(args) -> None:
     from vitnb.records.reader import find_record, format_record
 
     print(format_record(find_record(args.record)))
+
+
+def _diff(args) -> None:
+    from vitnb.analysis.differences.pairs import find_differences
+    from vitnb.analysis.differences.text import format_differences
+
+    print(format_differences(find_differences(args.a, args.b)))
 
 
 def _check(args) -> None:
@@ -214,6 +223,19 @@ def _parser() -> argparse.ArgumentParser:
         help="a JSON file, or the name of a record, such as evaluate-nf4-sdpa",
     )
 
+    diff = command(
+        "diff",
+        _diff,
+        "two records, or two studies' outputs, side by side: what was asked, what ran, "
+        "what was found, and which differences are beyond noise",
+    )
+    for side in ("a", "b"):
+        diff.add_argument(
+            side,
+            metavar=side.upper(),
+            help="a record (JSON file or name), a study, or a folder of outputs",
+        )
+
     command(
         "report",
         _report,
@@ -259,8 +281,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    A user's error is one line on standard error and exit code 1 (2: the command line
-    itself is wrong).
+    A user's error, or a file that cannot be written or opened, is one line on standard
+    error and exit code 1 (2: the command line itself is wrong).
     """
     args = _parser().parse_args(arguments)
     try:
@@ -275,4 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        told = describe_file_error(error)
+        if not told:
+            raise
+        print(f"vitnb: {one_line(told)}", file=sys.stderr)
+        return 1
     return 0

@@ -1,5 +1,6 @@
 """Devices: which one to run on, and in which type to compute there."""
 
+import gc
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,19 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its work. On a CPU, return at once."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what earlier work has left on a GPU: garbage, workspaces, cached blocks.
+
+    Live tensors stay. On a CPU, only garbage is collected.
+    """
+    gc.collect()  # modules refer to each other in circles
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        # cuBLAS keeps a workspace for each stream that it has ever run on.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 def check_requirements(study: "Study") -> None:

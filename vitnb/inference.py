@@ -1,10 +1,9 @@
 """Classify a folder of images with one variant, and list the unreadable ones."""
 
-import csv
-import io
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -12,8 +11,9 @@ from vitnb.data import dataset
 from vitnb.data.images import UnreadableImage, image_files, read_image
 from vitnb.data.splits import load_split
 from vitnb.errors import UserError
+from vitnb.models.engines import check_finite
 from vitnb.models.loader import LoadedVariant
-from vitnb.records.files import write_file
+from vitnb.records.parameters import check_parameter
 from vitnb.study import Study
 
 BATCH_SIZE = 64
@@ -53,11 +53,7 @@ def find_pictures(
         labels = [test.class_names[i] for i in test.labels] or [""] * len(test)
         return test.folder, test.paths, labels
     folder = Path(images).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"no folder {folder}: 'images' takes a folder of pictures, "
-            "or nothing for the test split"
-        )
+    check_parameter("images", images)
     paths = image_files(folder)
     if not paths:
         raise UserError(
@@ -76,18 +72,21 @@ def classify(
     Returns:
         One row (COLUMNS) for each of ``paths``, with the path relative to ``root``; and
         images per second.
+
+    Raises:
+        VariantError: logits are not finite.
     """
     rows = [dict.fromkeys(COLUMNS, "") for _ in paths]
     begin = time.perf_counter()
-    with loaded.inference() as model:
-        for start in range(0, len(paths), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
-            pixels, readable = _read_batch(loaded, paths[batch], root, rows[batch])
-            if not readable:
-                continue
-            inputs = loaded.prepare(torch.cat(pixels))
+    for start in range(0, len(paths), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        pixels, readable = _read_batch(loaded, paths[batch], root, rows[batch])
+        if not readable:
+            continue
+        inputs = loaded.prepare(torch.cat(pixels))
+        with loaded.inference() as model:
             logits = model(pixel_values=inputs).logits.float().cpu()
-            _write_classes(readable, logits, loaded.class_names)
+        _write_classes(readable, check_finite(logits), loaded.class_names)
     return rows, len(paths) / (time.perf_counter() - begin)
 
 
@@ -132,14 +131,9 @@ def _printable(text: str) -> str:
     )
 
 
-def write_predictions(rows: list[dict], path: Path) -> Path:
-    """Write the rows as CSV, whole or not at all, and return the path."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue())
-    return path
+def predictions_table(rows: list[dict]) -> pd.DataFrame:
+    """Return what ``classify`` gave as a table with COLUMNS, for ``Run.save_table``."""
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def gallery_entries(

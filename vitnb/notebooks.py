@@ -1,11 +1,12 @@
-"""Run one notebook (papermill) or a whole study (Snakemake), headless.
+"""Run one notebook headless (papermill).
 
 Parameters are checked before a kernel starts, and every error ends in one line.
 """
 
 import ast
+import hashlib
 import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -17,14 +18,11 @@ from papermill.exceptions import PapermillExecutionError
 from vitnb import variants
 from vitnb.errors import UserError, VariantError, suggest
 from vitnb.processes import child_environment
+from vitnb.records.parameters import check_parameters
 from vitnb.study import ROOT, Study, load_study
 
 FOLDER = ROOT / "notebooks"
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
-SNAKEMAKE_OPTIONS = (
-    "--cores all --rerun-triggers mtime input params "
-    "--quiet rules host --keep-incomplete"
-)
 
 
 def notebook_path(name: str) -> Path:
@@ -46,8 +44,8 @@ def parse_parameters(
         The given parameters, and all parameters with the notebook's defaults.
 
     Raises:
-        UserError: an unknown name (with the nearest right one), a wrong type, a variant
-            or a study that does not exist.
+        UserError: an unknown name (with the nearest right one), a wrong type, a study
+            that does not exist, or a value that cannot be (see ``parameters``).
     """
     known = papermill.inspect_notebook(str(path))
     parameters = {}
@@ -66,10 +64,17 @@ def parse_parameters(
         from vitnb import devices
 
         devices.check_requirements(study)
-    study.sizes(asked.get("batch_size"))
-    study.trainings(asked.get("seeds"))
+    check_parameters(asked)
     if asked.get("variant") is not None:
         variants.parse(asked["variant"])
+    if asked.get("device") is not None:
+        from vitnb import devices
+
+        devices.select_device(asked["device"])
+    if (asked.get("processes") or 1) > 1:
+        from vitnb.training import distributed  # late, too
+
+        distributed.check_processes(study, asked["processes"])
     return parameters, asked
 
 
@@ -109,9 +114,8 @@ def run_notebook(
     path = notebook_path(name)
     parameters, asked = parse_parameters(path, given)
     study = load_study(asked["study"])
-    words = [Path(str(v)).name for k, v in parameters.items() if k != "study"]
-    label = "-".join([name, *words])
-    output = study.outputs / "notebooks" / f"{label.replace(':', '-')}.ipynb"
+    label = run_label(name, parameters)
+    output = study.outputs / "notebooks" / f"{label}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"vitnb: {label} of study {study.name}", flush=True)
     # papermill hands this process's environment to the kernel.
@@ -132,6 +136,27 @@ def run_notebook(
     except DeadKernelError:
         _record_dead_kernel(name, study, asked, allow_failed)
     return output
+
+
+def run_label(name: str, parameters: dict[str, object]) -> str:
+    """Return the name of an executed copy: two questions never share one.
+
+    It holds the notebook, the variant, and every other parameter with its name. A value
+    with other signs than letters, digits, dots and underscores gets a digest.
+    """
+    words = [name]
+    for key, value in parameters.items():
+        if key == "study":
+            continue
+        text = str(value)
+        if key == "variant":
+            words.append(text.replace(":", "-"))
+            continue
+        plain = re.sub(r"[^\w.]+", "-", Path(text).name)[:40]
+        if plain != text:
+            plain += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        words.append(f"{key}-{plain}")
+    return "-".join(words)
 
 
 def _raise_as_it_was(
@@ -171,39 +196,3 @@ def _record_dead_kernel(
             print(f"vitnb: {reason}", flush=True)
             return
     raise reason
-
-
-def run_study(name: str, dry_run: bool = False) -> Path:
-    """Run a study to its report and return the report's path.
-
-    Snakemake runs what is not done yet, in the order that the ``Snakefile`` says.
-
-    Args:
-        name: a name under ``studies/``, or the path of a YAML file.
-        dry_run: only list the jobs.
-
-    Raises:
-        UserError: a bad study, missing images, a missing base, or a job that stopped.
-    """
-    from vitnb import devices
-    from vitnb.data.splits import load_layout
-    from vitnb.models.pretrained import find_base
-
-    study = load_study(name)
-    devices.check_requirements(study)
-    if not study.pretrain:  # else the first job makes the base
-        find_base(study)
-    load_layout(study)
-    command = [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *("--directory", str(ROOT), *SNAKEMAKE_OPTIONS.split()),
-        *("--config", f"study={name}"),
-    ]
-    if dry_run:
-        command.append("--dry-run")
-    if subprocess.run(command, env=child_environment(), check=False).returncode:
-        raise UserError(
-            f"study {study.name} stopped; the line above says why. "
-            "What is done is kept: run it again to go on"
-        )
-    return study.outputs / "report.html"

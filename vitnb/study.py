@@ -24,6 +24,7 @@ from pydantic import (
 
 from vitnb import variants
 from vitnb.errors import UserError, one_line, suggest
+from vitnb.records.parameters import LARGEST_SEED, check_parameter
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user might take instead of a variant of ours; ``measure.external`` builds them.
@@ -74,6 +75,7 @@ Integer = Annotated[int, Strict()]
 Count = Annotated[Integer, Field(gt=0)]
 Bits = Annotated[Integer, Field(ge=4, le=8, multiple_of=4)]  # 4 or 8
 Number = Annotated[float, Strict(), WrapValidator(_number)]
+Seed = Annotated[Integer, Field(ge=0, le=LARGEST_SEED)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(gt=0, le=1)]
@@ -120,13 +122,16 @@ class Latency:
 class Compare:
     """Budget of the comparison at one batch size.
 
-    It ends with whichever is reached first, but never under 20 rounds.
+    It ends with whichever is reached first, but never under 20 rounds. ``precision`` is
+    the standard error of a process's time over its own rounds, as a share of the time.
+    With one process of each variant, differences below 2% are not called.
     """
 
     __pydantic_config__ = CONFIG
 
-    rounds: Count = 60
+    rounds: Count = 300
     seconds: Positive = 60.0
+    precision: Positive = 0.002
     forwards: Count = 2  # timed forwards of a variant in one round
     processes: Count = 2  # live processes of each variant
 
@@ -172,7 +177,7 @@ class Study:
     base: str = ""  # left out where ``pretrain`` makes one
     get_data: str = ""  # a line that says where to get the images if they are missing
     requires: Literal["", "gpu"] = ""
-    seed: Integer = 0
+    seed: Seed = 0
     variants: Names = field(default_factory=lambda: list(variants.SOURCE_STUDY))
     peers: list[Peer] = field(default_factory=list)  # take turns with the variants
     batch_sizes: Sizes = field(default_factory=lambda: [1])
@@ -202,14 +207,12 @@ class Study:
 
     def sizes(self, asked: int | None) -> list[int]:
         """Return the batch sizes to time; UserError for one below 1."""
-        if asked is not None and asked < 1:
-            raise UserError(f"batch_size must be at least 1, got {asked}")
+        check_parameter("batch_size", asked)
         return self.batch_sizes if asked is None else [asked]
 
     def trainings(self, asked: int | None) -> int:
         """Return how many trainings to do; UserError below 1."""
-        if asked is not None and asked < 1:
-            raise UserError(f"seeds must be at least 1, got {asked}")
+        check_parameter("seeds", asked)
         return self.finetune.seeds if asked is None else asked
 
     def checkpoint(self, name: str) -> Path:

@@ -1,13 +1,16 @@
 """Scores against scikit-learn's own."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
 from vitnb import variants
 from vitnb.analysis import accuracy
+from vitnb.data import dataset
 from vitnb.data.images import read_image
 from vitnb.data.splits import load_split
+from vitnb.errors import VariantError
 from vitnb.inference import top_k
 from vitnb.measure.accuracy import compute_logits, engine_agreement, predict
 from vitnb.models import loader
@@ -68,6 +71,37 @@ def test_predictions_are_those_of_plain_transformers(mini):
     ]
 
 
+def test_logits_that_are_not_finite_are_no_predictions(mini):
+    """One image of the last batch is NaN, and one of the first is infinite."""
+    loaded = loader.load_variant(mini, variants.parse("fp32-sdpa"))
+    test = load_split(mini, "test")
+    seen = []
+
+    def break_two(module, inputs, output):
+        seen.append(len(output.logits))
+        if len(seen) == 1:
+            output.logits[0, 1] = float("inf")
+        if sum(seen) == len(test):
+            output.logits[-1] = float("nan")
+
+    loaded.model.register_forward_hook(break_two)
+    told = f"the logits of 2 of {len(test)} images are not finite"
+    with pytest.raises(VariantError, match=told):
+        compute_logits(loaded, test, batch_size=5)
+    loaded.model._forward_hooks.clear()
+    assert compute_logits(loaded, test, batch_size=5).isfinite().all()
+
+
+def test_an_image_that_cannot_be_read_fails_no_variant(mini, monkeypatch):
+    def refuse(path):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(dataset, "read_image", refuse)
+    loaded = loader.load_variant(mini, variants.parse("fp32-sdpa"))
+    with pytest.raises(OSError, match="the disk is gone"):
+        compute_logits(loaded, load_split(mini, "test"))
+
+
 def test_confusion_counts_every_image_once():
     counts = accuracy.confusion_counts(
         {"labels": [0, 1, 2, 2], "top5": [[0], [2], [2], [1]]}, 4
@@ -110,7 +144,7 @@ def test_variants_are_compared_on_the_same_images():
     assert nf4.p == 2 * 0.5**12 and nf4.p_corrected == 3 * nf4.p
     assert nf4.points_low < -12 < nf4.points_high < 0 == nf4.top5_points
     assert nf4.verdict == "worse than fp32-sdpa: -12.0 points"
-    assert table.loc["int8-sdpa"].verdict == "no difference beyond noise"
+    assert table.loc["int8-sdpa"].verdict == "too few images differ to tell (1)"
     assert table.loc["fp32-sdpa"].verdict == "the baseline"
     assert nf4.kl_low < far.mean() == nf4.kl < nf4.kl_high
     assert (
@@ -136,8 +170,41 @@ def test_many_comparisons_make_the_same_difference_mean_less():
     )
     assert few.set_index("variant").verdict["nf4-sdpa"].startswith("worse")
     assert set(many.set_index("variant").verdict[names]) == {
-        "no difference beyond noise"
+        "too few images differ to tell (7)"
     }
+
+
+def mixed_answers(lost: int, won: int) -> list:
+    """Return predictions for 100 images beside ``answers(20)``.
+
+    Of the 20 images that it gets wrong, ``won`` are right; ``lost`` others are wrong.
+    """
+    right = [won > i if i < 20 else i >= 20 + lost for i in range(100)]
+    return [[(i + (not ok)) % 4, i % 4] for i, ok in enumerate(right)]
+
+
+def test_no_finding_where_no_outcome_could_be_one():
+    """Two variants: 5 images that differ prove nothing, however they are split.
+
+    With 12 that are split 7 to 5 a test was possible, and found nothing.
+    """
+    records = [
+        record("fp32-sdpa", answers(20)),
+        record("nf4-sdpa", mixed_answers(7, 5)),
+        record("int8-sdpa", mixed_answers(3, 2)),
+        record("fp32-math", answers(20)),
+    ]
+    table = accuracy.paired_comparison(records, None).set_index("variant")
+    counts = table.loc["nf4-sdpa"][["only_baseline_right", "only_variant_right"]]
+    assert counts.tolist() == [7, 5]
+    assert table.verdict.to_dict() == {
+        "fp32-sdpa": "the baseline",
+        "nf4-sdpa": "no difference beyond noise",
+        "int8-sdpa": "too few images differ to tell (5)",
+        "fp32-math": "too few images differ to tell (0)",
+    }
+    same = table.loc["fp32-math"]
+    assert same.points == 0 and same.points_low < -2 and same.points_high > 2
 
 
 def test_without_a_baseline_nothing_is_compared():

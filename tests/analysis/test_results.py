@@ -38,6 +38,7 @@ def ratios(bf16: float, nf4: float) -> pd.DataFrame:
             "ratio": values,
             "low": [0.99 * value for value in values],
             "high": [1.01 * value for value in values],
+            "df": 3,
         }
     )
 

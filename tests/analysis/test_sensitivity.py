@@ -75,6 +75,23 @@ def test_one_large_middle_layer_makes_lateness_unconvincing():
     )
 
 
+def test_six_layers_are_too_few_to_tell():
+    """Only the last is sensitive: no other set is, and yet one in six is no proof."""
+    found = sensitivity.late_layers(rows([0.02] * 5 + [0.8], 0.0), 4)
+    assert found["late"] == [5] and found["low"] > 0
+    assert found["as_large"] == found["least"] == pytest.approx(1 / 6)
+    assert "6 layers are too few to tell" in found["verdict"]
+    assert "one in 6" in found["verdict"]
+    assert "explains nothing" not in found["verdict"]
+    assert (
+        "too few to tell"
+        in sensitivity.claim_sentences(rows([0.02] * 5 + [0.8], 0.0), [4])[0]
+    )
+    # 9 layers, 2 of them late: one of 36 sets can be significant.
+    nine = sensitivity.late_layers(rows([0.01] * 7 + [0.1] * 2, 0.0), 4)
+    assert nine["verdict"].startswith("the claim holds here")
+
+
 def test_more_sets_than_can_be_listed_are_drawn():
     found = sensitivity.late_layers(
         rows([0.01] * 40 + [0.1] * 8, 0.0), 4
@@ -97,6 +114,11 @@ def test_first_and_last():
         "no effect beyond noise"
         in sensitivity.first_and_last(rows([0.01] * 12, 0.0, noise=0.5), 4)["verdict"]
     )
+    vague = sensitivity.first_and_last(rows([0.01] * 12, 0.0, noise=2.0), 4)
+    assert "cannot be judged here" in vague["verdict"], "a fifth of the KL is possible"
+    assert vague["low"] < 0 and vague["high"] > 0.1
+    sure = sensitivity.first_and_last(rows([0.01] * 12, 0.0, noise=0.1), 4)
+    assert sure["verdict"].startswith("the claim holds here: no effect beyond noise, ")
     assert (
         "further away"
         in sensitivity.first_and_last(rows([0.01] * 12, -0.3), 4)["verdict"]

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.instrument_gpu import untrained
-from vitnb.measure import comparison, roofline
+from vitnb.measure import ceilings, comparison
 from vitnb.study import PEERS, ROOT
 
 SETTINGS = """
@@ -111,14 +111,14 @@ def main() -> None:
             shutil.copy(study.outputs / name, asked.out)
     table = bars(pd.read_csv(asked.out / "times.csv"))
     table.to_csv(asked.out / "bars.csv", index=False, lineterminator="\n")
-    peaks = roofline.measure_peaks(torch.device("cuda"), torch.bfloat16)
+    measured = ceilings.measure_ceilings(torch.device("cuda"))
     print(
         pd.read_csv(asked.out / "times.csv")
         .pivot(index="variant", columns="batch_size", values="p50_ms")
         .round(3)
     )
     print(table.round(3).to_string(index=False))
-    print({name: round(value, 1) for name, value in peaks.items()})
+    print(measured)
 
 
 if __name__ == "__main__":

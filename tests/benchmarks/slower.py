@@ -49,9 +49,17 @@ class SlowerVariant(LocalVariant):
         return warmed
 
 
-def load_slower_variant(
+VARIANT = "fp32-sdpa"
+
+
+def load_copy(study: Study, name: str, device: str | None = None) -> LocalVariant:
+    """Load the one variant, whatever the name."""
+    return load_local_variant(study, VARIANT, device)
+
+
+def load_slower_copy(
     study: Study, name: str, device: str | None = None
 ) -> SlowerVariant:
-    """Load a variant of a study that does extra work."""
-    plain = load_local_variant(study, name, device)
+    """Load the one variant, which does extra work, whatever the name."""
+    plain = load_copy(study, name, device)
     return SlowerVariant(plain.loaded, plain.split)

@@ -1,5 +1,6 @@
 """Download from a local server that cuts connections, ignores ranges, and so on."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -289,6 +290,12 @@ def test_an_archive_that_writes_elsewhere(flowers, tmp_path, monkeypatch):
     )
 
 
+def test_a_python_whose_tarfile_has_no_filter(flowers, tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(UserError, match=r"since Python 3\.11\.4: take a newer Python"):
+        flowers102._unpack(tmp_path / "any.tgz", tmp_path)
+
+
 def test_an_archive_that_lacks_images(flowers, tmp_path, monkeypatch):
     flowers.files["102flowers.tgz"] = packed({"jpg/image_00001.jpg": picture(1)})
     publish(flowers, monkeypatch)
@@ -320,3 +327,30 @@ def test_where_it_can_be_written_to(flowers, tmp_path):
         UserError, match=r"cannot write .*make room or name another folder"
     ):
         flowers102.download("flowers-102", Path(tmp_path / "file" / "flowers"))
+
+
+def test_pictures_that_somebody_put_there_are_not_unpacked_over(flowers, tmp_path):
+    own = tmp_path / "flowers.part" / "jpg"
+    own.mkdir(parents=True)
+    (own / "holiday.jpg").write_bytes(picture(3))
+    with pytest.raises(UserError, match=r"holiday.jpg\): move it away"):
+        flowers102.download("flowers-102", tmp_path / "flowers")
+    assert [path.name for path in own.iterdir()] == ["holiday.jpg"]
+
+
+def test_an_unpacking_that_breaks_off_leaves_no_pictures(
+    flowers, tmp_path, monkeypatch
+):
+    """The next call unpacks anew what is there."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowers102.tarfile.TarFile, "extractall", full)
+        with pytest.raises(UserError, match=r"cannot write .*make room"):
+            flowers102.download("flowers-102", tmp_path / "flowers")
+    part = tmp_path / "flowers.part"
+    assert {path.name for path in part.iterdir()} == set(flowers.files)
+    flowers102.download("flowers-102", tmp_path / "flowers")
+    assert len(list((tmp_path / "flowers" / "jpg").glob("*.jpg"))) == 6

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import ttest_ind
 
 from vitnb.analysis import claims, tables
 from vitnb.analysis.comparison import (
     describe_speed,
     pair_ratio,
+    pair_ratios,
     ratio_table,
     ratios_to_baseline,
     recommend,
@@ -147,31 +149,111 @@ def test_an_interpreter_that_died_before_its_first_call_is_a_reason():
 
 
 def test_rounds_hold_one_block_of_everyone(sleepers):
-    budget = Compare(rounds=25, seconds=1e9, forwards=3)
-    blocks = interleaving.time_interleaved(
+    budget = Compare(rounds=15, seconds=1e9, forwards=3)
+    done = interleaving.time_interleaved(
         {name: [w] for name, w in sleepers.items()}, 4, budget
     )
+    blocks = done.blocks
     assert {name: np.shape(b) for name, b in blocks.items()} == {
-        "1": (25, 3),
-        "1.5": (25, 3),
+        "1": (15, 3),
+        "1.5": (15, 3),
     }
+    assert done.turns == {"1": [0] * 15, "1.5": [0] * 15}
+    assert done.ended == "after 15 rounds"
     found = pair_ratio(blocks["1.5"], blocks["1"])
-    assert found.ratio == pytest.approx(1.5) and found.samples == 25
+    assert found.ratio == pytest.approx(1.5) and found.samples == 15
     assert blocks["1.5"][0][0] == pytest.approx(6.0), "a batch of 4 was asked for"
 
 
 def test_seconds_end_the_turns_but_not_below_twenty_rounds(sleepers):
-    blocks = interleaving.time_interleaved(
+    done = interleaving.time_interleaved(
         {name: [w] for name, w in sleepers.items()},
         1,
         Compare(rounds=10**6, seconds=1e-9, forwards=1),
     )
-    assert len(blocks["1"]) == 20
+    assert len(done.blocks["1"]) == 20 and done.ended == "after 1e-09 s"
+
+
+class Noisy:
+    """A process without a process: forwards of known mean and noise."""
+
+    def __init__(self, random, log_time: float, noise: float):
+        self.random, self.log_time, self.noise = random, log_time, noise
+
+    def time_block(self, batch_size, forwards):
+        noise = self.noise * self.random.normal(size=forwards)
+        return np.exp(self.log_time + noise).tolist()
+
+
+def time_noisy(seed: int, between: float, noise: float = 0.01, **budget):
+    """Time three equal variants with two processes each, by the studies' rule."""
+    random = np.random.default_rng(seed)
+    timed = {
+        name: [Noisy(random, between * random.normal(), noise) for _ in range(2)]
+        for name in "abc"
+    }
+    budget = {"rounds": 400, "seconds": 1e9, "forwards": 1, "precision": 0.002} | budget
+    return interleaving.time_interleaved(timed, 1, Compare(**budget), seed)
+
+
+def test_rounds_end_when_they_are_precise():
+    """The standard error of a median: 1.25 x 1% over the root of 40 rounds is 0.2%."""
+    done = time_noisy(0, between=0.01)
+    assert done.ended == "as precise as 0.20%"
+    assert 60 <= len(done.blocks["a"]) <= 120
+    assert len(done.blocks["a"]) % interleaving.LOOK_EVERY == 0
+    assert len(time_noisy(0, between=0.01, noise=0.0).blocks["a"]) == 20
+    assert len(time_noisy(0, between=0.01, noise=0.02).blocks["a"]) > 200
+    vague = time_noisy(0, between=0.01, noise=0.3)
+    assert len(vague.blocks["a"]) == 400 and vague.ended == "after 400 rounds"
+
+
+def test_every_variant_must_be_precise():
+    """a and b do not vary, c does: its rounds go on, and theirs with them."""
+    random = np.random.default_rng(0)
+    noises = {"a": 0.0, "b": 0.0, "c": 0.05}
+    timed = {
+        name: [Noisy(random, 0.0, noise) for _ in range(2)]
+        for name, noise in noises.items()
+    }
+    budget = Compare(rounds=60, seconds=1e9, forwards=1, precision=0.002)
+    done = interleaving.time_interleaved(timed, 1, budget)
+    assert done.ended == "after 60 rounds"
+
+
+def test_the_rule_that_ends_the_rounds_leaves_p_values_as_they_are():
+    """Equal variants in 300 launches: p < 0.05 in 15, more than 27 in 1 of 400 cases.
+
+    A rule that ended when processes happen to agree would find far more.
+    """
+    significant = 0
+    for seed in range(300):
+        done = time_noisy(seed, between=0.003, noise=0.006)
+        significant += pair_ratios(done.blocks, done.turns)["a", "b"].p < 0.05
+    assert 3 <= significant <= 27
+
+
+def test_processes_have_equally_many_rounds_in_random_order():
+    """Each process says in its times who it is, and the record says it, too."""
+    timed = {
+        name: [Noisy(np.random.default_rng(0), np.log(10 + i), 0.0) for i in range(3)]
+        for name in "ab"
+    }
+    budget = Compare(rounds=18, seconds=1e9, forwards=1)
+    done = interleaving.time_interleaved(timed, 1, budget)
+    for name in "ab":
+        measured = np.ravel(done.blocks[name])
+        assert measured == pytest.approx(10 + np.array(done.turns[name]))
+        counts = np.bincount(done.turns[name])
+        assert counts.tolist() == [6, 6, 6]
+        cycles = {tuple(done.turns[name][i : i + 3]) for i in range(0, 18, 3)}
+        assert len(cycles) > 1
+    assert done.turns["a"] != done.turns["b"]
 
 
 def test_a_variant_that_fails_at_one_size_is_blank_at_that_size_alone(monkeypatch):
     monkeypatch.setattr(comparison, "load_local_variant", Fragile)
-    budget = Compare(rounds=25, seconds=1e9, forwards=2, processes=1)
+    budget = Compare(rounds=19, seconds=1e9, forwards=2, processes=1)
     study = Study(
         "x",
         "",
@@ -187,10 +269,15 @@ def test_a_variant_that_fails_at_one_size_is_blank_at_that_size_alone(monkeypatc
         "1": ["1", "1.5", "2"], "2": ["1", "2"], "3": ["1", "2"], "4": ["1", "1.5", "2"]
     }  # fmt: skip
     assert all(
-        np.shape(block) == (25, 2)
+        np.shape(block) == (19, 2)
         for blocks in found["blocks_ms"].values()
         for block in blocks.values()
     )
+    assert found["turns"] == {
+        size: {name: [0] * 19 for name in blocks}
+        for size, blocks in found["blocks_ms"].items()
+    }
+    assert found["ended"] == dict.fromkeys("1234", "after 19 rounds")
     assert list(found["failed"]) == ["1.5 at batch 2", "1.5 at batch 3"]
     assert found["failed"]["1.5 at batch 2"].startswith(
         "out of memory: lower batch_size"
@@ -282,6 +369,66 @@ def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_p
     }
     assert found["warm_up"] == {
         str(size): {"1": {"first_seconds": size}} for size in (1, 2, 3)
+    }
+
+
+class LoadsLater(Sleeper):
+    """``1.5`` loads in the runs of ``loads``; ``2`` in none."""
+
+    loads: ClassVar[list] = [False, True]
+
+    def describe(self):
+        if self.factor == 2 or (self.factor == 1.5 and not self.loads[0]):
+            raise VariantError(f"{self.factor:g} cannot be loaded")
+        return {"attention_launched": f"that of {self.factor:g}"}
+
+
+@pytest.mark.parametrize("loads", [[False, True], [True, False]])
+def test_a_variant_that_loads_in_one_run_only_has_a_reason_where_it_is_missing(
+    monkeypatch, tmp_path, loads
+):
+    """The first run is killed at batch 2; the second goes on with what it kept."""
+    monkeypatch.setattr(comparison, "load_local_variant", LoadsLater)
+    monkeypatch.setattr(comparison, "WorkerProcess", Here)
+    monkeypatch.setattr(LoadsLater, "loads", [*loads])
+    budget = Compare(rounds=20, seconds=1e9, forwards=1, processes=1)
+    names = ["1", "1.5", "2"]
+    study = Study(
+        "x", "", "", "", "", variants=names, batch_sizes=[1, 2], compare=budget
+    )
+    warm_up = LoadsLater.warm_up
+
+    def killed_at_two(served, batch_size):
+        if batch_size == 2:
+            raise KeyboardInterrupt
+        return warm_up(served, batch_size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoadsLater, "warm_up", killed_at_two)
+        with pytest.raises(KeyboardInterrupt):
+            comparison.measure_comparison(study, cache=ResumeCache(tmp_path))
+    LoadsLater.loads.pop(0)
+    found = comparison.measure_comparison(study, cache=ResumeCache(tmp_path))
+    there = {size: sorted(blocks) for size, blocks in found["blocks_ms"].items()}
+    missing = loads.index(False)
+    both, one = ["1", "1.5"], ["1"]
+    assert there == {"1": both if missing else one, "2": one if missing else both}
+    assert found["failed"] == {
+        "2": "2 cannot be loaded",
+        f"1.5 at batch {missing + 1}": "1.5 cannot be loaded",
+    }
+    assert found["attention_launched"] == {"1": "that of 1", "1.5": "that of 1.5"}
+
+
+def test_processes_that_run_different_engines_are_no_variant():
+    graph = {"engine_ran": "graph", "engine_reason": ""}
+    eager = {"engine_ran": "eager", "engine_reason": "no CUDA graph: out of luck"}
+    failed = {}
+    warmed = {"a": [graph, graph], "b": [graph, eager], "c": [eager, eager]}
+    assert list(comparison.drop_mixed_engines(warmed, failed)) == ["a", "c"]
+    assert failed == {
+        "b": "its processes ran different engines, eager and graph: "
+        "no CUDA graph: out of luck"
     }
 
 
@@ -380,12 +527,13 @@ def test_a_block_begins_with_five_milliseconds_that_are_not_counted():
         end = time.perf_counter() + milliseconds / 1e3
         while time.perf_counter() < end:
             pass
+        return torch.zeros(1, 2)
 
     for took, ahead in ((1.2, 5), (8.0, 1)):
         model = partial(run, took)
         loaded = SimpleNamespace(
             device=torch.device("cpu"),
-            engine=SimpleNamespace(ran="eager", reason=""),
+            engine=SimpleNamespace(ran=lambda shape: ("eager", "")),
             inference=partial(nullcontext, model),
         )
         pixels = {1: torch.zeros(1), 2: torch.zeros(2)}
@@ -403,7 +551,7 @@ def test_a_block_begins_with_five_milliseconds_that_are_not_counted():
 
 def test_the_order_is_drawn_anew():
     """Each of three variants goes first in about a third of the rounds."""
-    order = []
+    order, random = [], np.random.default_rng(0)
 
     class Listed:
         def __init__(self, name):
@@ -411,7 +559,7 @@ def test_the_order_is_drawn_anew():
 
         def time_block(self, batch_size, forwards):
             order.append(self.name)
-            return [1.0]
+            return [1 + random.random()]  # never precise
 
     interleaving.time_interleaved(
         {n: [Listed(n)] for n in "abc"}, 1, Compare(rounds=300, seconds=1e9, forwards=1)
@@ -425,7 +573,7 @@ def test_the_order_is_drawn_anew():
         several, 1, Compare(rounds=200, seconds=1e9, forwards=1)
     )
     assert len(order) == 400
-    assert all(60 < order.count(name) < 140 for name in ("a1", "a2", "b1", "b2"))
+    assert all(order.count(name) == 100 for name in ("a1", "a2", "b1", "b2"))
 
 
 def test_a_slow_moment_hits_both_of_a_pair():
@@ -440,9 +588,16 @@ def test_a_slow_moment_hits_both_of_a_pair():
 
 
 RECORD = {
-    "asked": {"variants": ["nf4-sdpa", "fp32-sdpa", "int8-fa2"]},
+    "asked": {"variants": ["nf4-sdpa", "fp32-sdpa", "int8-fa2"], "peers": []},
+    "turns": None,
     "blocks_ms": {
         "1": {"fp32-sdpa": [[2.0, 2.1]] * 20, "nf4-sdpa": [[3.0, 3.15]] * 20}
+    },
+    "warm_up": {
+        "1": {
+            "fp32-sdpa": {"engine_ran": "eager"},
+            "nf4-sdpa": {"engine_ran": "one of its own"},
+        }
     },
 }
 
@@ -453,10 +608,14 @@ def test_ratios_of_every_pair_and_blanks_for_what_failed():
         "a",
         "b",
         "batch_size",
+        "a_ran",
+        "b_ran",
         "ratio",
         "low",
         "high",
         "samples",
+        "df",
+        "p",
     ]
     rows = {(row.a, row.b): row for row in found.itertuples()}
     assert set(rows) == {
@@ -468,10 +627,47 @@ def test_ratios_of_every_pair_and_blanks_for_what_failed():
         rows["nf4-sdpa", "fp32-sdpa"].ratio == pytest.approx(1.5)
         and rows["nf4-sdpa", "fp32-sdpa"].samples == 20
     )
+    ran = rows["nf4-sdpa", "fp32-sdpa"]
+    assert (ran.a_ran, ran.b_ran) == ("one of its own", "eager")
     assert (
         np.isnan(rows["int8-fa2", "fp32-sdpa"].ratio)
         and rows["int8-fa2", "nf4-sdpa"].samples == 0
     )
+
+
+def test_rounds_of_one_process_are_one_cluster():
+    """Two processes of each: what the rounds repeat is no evidence.
+
+    All rounds agree that a takes 1% longer. So do two processes of each with each
+    other, by 0.9% and 1.1%: Student's test of the processes, by SciPy.
+    """
+    turns = {"fp32-sdpa": [0, 1] * 20, "nf4-sdpa": [0, 0, 1, 1] * 10}
+    logs = {"fp32-sdpa": (0.0, 0.009), "nf4-sdpa": (0.01, 0.021)}
+    blocks = {
+        name: [[math.exp(logs[name][turn])] * 2 for turn in turns[name]]
+        for name in turns
+    }
+    record = RECORD | {"blocks_ms": {"1": blocks}, "turns": {"1": turns}}
+    (row,) = [row for row in ratio_table(record).itertuples() if row.samples]
+    wanted = ttest_ind(logs["nf4-sdpa"], logs["fp32-sdpa"])
+    assert (row.df, row.samples) == (2, 40)
+    assert row.p == pytest.approx(wanted.pvalue, rel=1e-6)
+    assert math.log(row.low) == pytest.approx(
+        wanted.confidence_interval(0.99).low, rel=1e-6
+    )
+    to_baseline = ratios_to_baseline(ratio_table(record)).set_index("variant")
+    assert describe_speed(to_baseline.reset_index().iloc[1]).startswith(
+        "no difference beyond noise"
+    )
+    alone = ratio_table(record | {"turns": None}).query("samples > 0").iloc[0]
+    assert alone.low > 1 and alone.df == 0 and np.isnan(alone.p)
+
+
+def test_one_process_of_each_is_read_round_by_round():
+    """Also a new record may have one: nothing is known between processes."""
+    turns = {"1": {"fp32-sdpa": [0] * 20, "nf4-sdpa": [0] * 20}}
+    found = ratio_table(RECORD | {"turns": turns})
+    pd.testing.assert_frame_equal(found, ratio_table(RECORD))
 
 
 def test_ratios_to_one_of_them():
@@ -499,7 +695,9 @@ def test_peers_come_after_the_variants_and_are_no_variants():
             "variants": ["nf4-sdpa", "fp32-sdpa"],
             "peers": ["timm-compile", "torchao-fp8-compile"],
         },
+        "turns": None,
         "blocks_ms": {"1": blocks},
+        "warm_up": {"1": {name: {"engine_ran": f"{name}'s"} for name in blocks}},
     }
     every, times = ratio_table(record), time_table(record)
     assert list(every.a) == [
@@ -510,6 +708,7 @@ def test_peers_come_after_the_variants_and_are_no_variants():
     assert list(times.columns) == [
         "variant",
         "batch_size",
+        "engine_ran",
         "p50_ms",
         "low",
         "high",
@@ -523,12 +722,14 @@ def test_peers_come_after_the_variants_and_are_no_variants():
     ]
     for row in times.itertuples():
         if row.variant == "torchao-fp8-compile":
+            assert row.engine_ran is None or np.isnan(row.engine_ran)
             assert row.samples == 0 and np.isnan([row.p50_ms, row.low, row.high]).all()
         else:
             assert (
                 row.p50_ms == np.median(np.ravel(blocks[row.variant]))
                 and row.samples == 90
             )
+            assert row.engine_ran == f"{row.variant}'s"
             assert row.low < row.p50_ms < row.high < 1.02 * row.low
     ratios = ratios_to_baseline(every)
     assert ratios.set_index("variant").ratio["timm-compile"] == pytest.approx(
@@ -536,6 +737,7 @@ def test_peers_come_after_the_variants_and_are_no_variants():
     )
     shown = tables.format_ratios(ratios, times)
     assert list(shown.variant) == ["fp32-sdpa", "nf4-sdpa", "timm-compile"]
+    assert list(shown["engine that ran"]) == [f"{name}'s" for name in shown.variant]
     p50, low, high = (
         getattr(times.iloc[2], name) for name in ("p50_ms", "low", "high")
     )
@@ -584,8 +786,9 @@ def test_peers_come_after_the_variants_and_are_no_variants():
     assert len(claimed) == len(claims.load_claims())
 
 
-def line(variant: str, ratio: float, low: float, high: float):
-    return pd.Series({"variant": variant, "ratio": ratio, "low": low, "high": high})
+def line(variant: str, ratio: float, low: float, high: float, df: int = 3):
+    values = {"ratio": ratio, "low": low, "high": high, "df": df}
+    return pd.Series({"variant": variant} | values)
 
 
 def test_speed_in_words():
@@ -600,6 +803,12 @@ def test_speed_in_words():
     assert describe_speed(line("nf4-sdpa", 1.003, 1.002, 1.004)).startswith(
         "no difference beyond noise"
     )
+    assert describe_speed(line("nf4-sdpa", 0.99, 0.985, 0.995)).startswith("1.01x f")
+    assert (
+        describe_speed(line("nf4-sdpa", 0.99, 0.985, 0.995, df=0))
+        == "no difference beyond what one process of each can show (1.01 to 1.02)"
+    )
+    assert describe_speed(line("nf4-sdpa", 0.9, 0.89, 0.91, df=0)).startswith("1.11x f")
     assert (
         describe_speed(line("nf4-sdpa", 1.05, 0.99, 1.2))
         == "no difference beyond noise (0.83 to 1.01)"

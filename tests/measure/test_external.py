@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -235,7 +236,11 @@ def test_a_peer_is_timed_once_its_answers_are_those_of_the_plain_model(
         torch, "compile", lambda model, **options: compiled.append(options) or model
     )
     variant = external.load_external_variant(mini, "timm-compile", "cpu")
-    assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
+    # In one piece or not at all.
+    options = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
+    assert compiled == [options]
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+    assert torch._dynamo.config.recompile_limit >= 1024
     described = variant.describe()
     assert described["versions"] == {"timm": "timm 1"} and described["spread"] < 0.05
     answers, images = variant.expected[external.CHECKED], len(variant.split)
@@ -246,7 +251,19 @@ def test_a_peer_is_timed_once_its_answers_are_those_of_the_plain_model(
     warmed = variant.warm_up(3)
     assert warmed["first_seconds"] > 0 and warmed["engine_ran"] == "compile"
     assert len(variant.time_block(3, 2)) == 2 and min(variant.time_block(3, 2)) > 0
-    variant.loaded.engine.model = lambda pixels: (
+    engine = variant.loaded.engine
+
+    def without_graph(pixels):
+        counters["inductor"]["cudagraph_skips"] += 1
+        return timm.VisionTransformer.forward(variant.loaded.model, pixels)
+
+    engine.model = without_graph
+    with pytest.raises(VariantError, match="left out a CUDA graph"):
+        variant.warm_up(2)
+    engine.model = lambda pixels: torch.full((len(pixels), 4), float("nan"))
+    with pytest.raises(VariantError, match="of 4 images are not finite"):
+        variant.first_forward(4)
+    engine.model = lambda pixels: (
         1 - timm.VisionTransformer.forward(variant.loaded.model, pixels)
     )
     with pytest.raises(VariantError, match="computes something else"):

@@ -1,8 +1,12 @@
-"""The benchmark's arithmetic: ratios of takers in rounds while everything drifts."""
+"""The benchmarks' arithmetic: ratios of takers in rounds, and counts of launches."""
+
+import json
 
 import numpy as np
 import pytest
-from benchmarks import turns
+from benchmarks import same_against_same, turns
+
+from vitnb.study import load_study
 
 PAIRS = [("ours", "theirs"), ("theirs", "theirs_again")]
 
@@ -105,3 +109,68 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         found = turns.ratio(1.01 * a, b)
         inside += found.low <= 1.01 <= found.high
     assert inside >= 180
+
+
+# --- Launches of the same against the same ---
+
+
+def write_launch(folder, kind: str, number: int, failed: str = "") -> None:
+    """Write a launch of three names in which only the first pair is called different.
+
+    Of all other pairs nothing is called.
+    """
+    pairs = [("b", "a"), ("c", "a"), ("c", "b")]
+    rows = [
+        {
+            "launch": number,
+            "batch_size": 1,
+            "a": a,
+            "b": b,
+            "ratio": 1.02,
+            "low": 1.01,
+            "high": 1.03,
+            "p": 0.001 if b == "a" else 0.5,
+            "df": 7,
+            "rounds": 20,
+            "excludes_one": (a, b) == ("b", "a"),
+            "different": (a, b) == ("b", "a"),
+            "ended": "after 20 rounds",
+            "seconds": 1.0,
+        }
+        for a, b in pairs
+    ]
+    done = {"rows": [] if failed else rows, "failed": failed, "number": number}
+    path = folder / f"{kind}-{number:03d}.json"
+    path.write_text(json.dumps(done | {"about": {"commit": "abc"}}))
+
+
+def test_a_launch_counts_once(tmp_path):
+    """The pair that was chosen beforehand; the others are kept, and not counted."""
+    for number in range(3):
+        write_launch(tmp_path, "same", number)
+    write_launch(tmp_path, "same", 3, failed="b: out of memory")
+    write_launch(tmp_path, "slower", 0)
+    study = load_study("embedded")
+    tables, every, failed = same_against_same.gather_tables(tmp_path, study)
+    assert list(tables["same"].launch) == [0, 1, 2] and tables["same"].different.all()
+    assert set(tables["same"].commit) == {"abc"} and set(tables["same"].extra) == {0.0}
+    assert set(tables["slower"].extra) == {0.02}
+    assert len(every) == 4 * 3 and failed == ["same 3: b: out of memory"]
+    lines = same_against_same.describe_rows("same", tables["same"])
+    # None of three missed: 1 - 0.025^(1/3) by hand.
+    assert lines[2] == "false calls: 3 of 3 (29.2% to 100.0%)"
+    missed = same_against_same.describe_rows("slower", tables["slower"])[0]
+    assert missed == "missed: 0 of 1 (0.0% to 97.5%)"
+
+
+def test_launches_of_both_kinds_are_mixed():
+    options = same_against_same.argparse.Namespace(launches=[120, 100])
+    kinds = [kind for kind, _ in same_against_same.planned_launches(options)]
+    assert (kinds.count("same"), kinds.count("slower")) == (120, 100)
+    assert all(3 <= kinds[i : i + 10].count("same") <= 7 for i in range(0, 220, 10))
+
+
+def test_as_many_copies_as_the_study_has_variants():
+    study = load_study("embedded")
+    names = same_against_same.name_copies(study)
+    assert len(set(names)) == len(study.variants) and names[:2] == ["a", "b"]

@@ -1,5 +1,6 @@
 """Timing, with a clock that the test turns."""
 
+import gc
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from vitnb import variants
 from vitnb.analysis.latency import device_samples, latency_table, percentiles
 from vitnb.data.splits import load_split
+from vitnb.errors import VariantError
 from vitnb.measure import latency
 from vitnb.models import loader
 from vitnb.records import machine
@@ -180,6 +182,21 @@ def test_every_batch_size_has_its_own_samples(mini):
     ]
 
 
+def test_times_of_logits_that_are_not_finite_are_no_times(mini):
+    loaded = loader.load_variant(mini, variants.parse("fp32-sdpa"))
+
+    def break_threes(module, inputs, output):
+        if len(output.logits) == 3:
+            output.logits[:2] = float("nan")
+
+    loaded.model.register_forward_hook(break_threes)
+    budget = Latency(samples=4, seconds=5.0)
+    split = load_split(mini, "test")
+    assert len(latency.time_batch_sizes(loaded, split, [1, 2], budget)) == 2
+    with pytest.raises(VariantError, match="2 of 3 images are not finite"):
+        latency.time_batch_sizes(loaded, split, [3], budget)
+
+
 def test_statistics_of_known_samples():
     """0 to 1000 in some order: between ranks there is nothing to interpolate."""
     samples = np.random.default_rng(0).permutation(1001).astype(float).tolist()
@@ -207,3 +224,28 @@ def test_the_table_shows_what_was_measured(fake):
         and row["p95"].startswith("12.00 (")
     )
     assert row["p99"] == "" and row["samples"] == 250
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_no_garbage_is_collected_while_a_forward_is_timed(fake, was_enabled):
+    """A collection stops the process in a forward that has nothing to do with it."""
+    enabled, collected = [], []
+
+    def forward(pixel_values):
+        enabled.append(gc.isenabled())
+        _ = [[] for _ in range(5000)]  # many thresholds of the collector
+
+    def note(phase, about):
+        collected.append(phase)
+
+    gc.collect()
+    (gc.enable if was_enabled else gc.disable)()
+    gc.callbacks.append(note)
+    try:
+        latency.time_device(fake, forward, torch.zeros(1), 5)
+        latency.time_host(fake, forward, torch.zeros(1))
+        assert enabled == [False] * 6 and collected == []
+        assert gc.isenabled() == was_enabled, "it is left as it was found"
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()

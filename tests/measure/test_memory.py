@@ -30,13 +30,13 @@ def found(mini) -> dict[str, list[dict]]:
     }
 
 
-def test_one_row_a_batch_size_smallest_first(found):
-    assert [row["batch_size"] for row in found["fp32-sdpa"]] == [1, 3]
+def test_one_row_a_batch_size_in_the_order_asked(found):
+    assert [row["batch_size"] for row in found["fp32-sdpa"]] == [3, 1]
 
 
 def test_the_allocator_s_peak_is_the_weights_and_one_forward(found):
     """17 tokens in float32: an MLP's input and output must be alive at once."""
-    for size, row in zip((1, 3), found["fp32-sdpa"], strict=True):
+    for size, row in zip((3, 1), found["fp32-sdpa"], strict=True):
         activations = row["allocator_peak_bytes"] - row["resident_bytes"]
         workspace = 2**26 * torch.cuda.is_available()  # cuBLAS keeps one
         assert (
@@ -66,7 +66,7 @@ def test_what_this_process_holds_is_not_in_the_numbers(mini, found):
     again = worker.measure_memory(mini, "fp32-sdpa", [1])[0]
     assert (
         again["driver_peak_bytes"]
-        < found["fp32-sdpa"][0]["driver_peak_bytes"] + living.nbytes / 4
+        < found["fp32-sdpa"][1]["driver_peak_bytes"] + living.nbytes / 4
     )
     assert memory.driver_bytes(devices.select_device("cpu")) > living.nbytes
 
@@ -77,3 +77,32 @@ def test_the_table_says_what_is_counted(found):
         performance.MEMORY_DEFINITIONS
     )
     assert table.loc["resident", "counts"] == performance.MEMORY_DEFINITIONS["resident"]
+
+
+def test_each_batch_size_starts_with_nothing_of_another(mini, monkeypatch):
+    """No graph, no cached block and no pixels of another size are left to count."""
+    one = worker.load_local_variant(mini, "fp32-sdpa", "cpu")
+    freed, seen = [], []
+    monkeypatch.setattr(memory, "free_memory", freed.append)
+    before = memory._peaks_on_cpu
+
+    def measure(loaded, model, pixels):
+        shapes = {shape[0] for shape in model._ran}
+        seen.append((shapes, set(one.pixels), len(freed)))
+        return before(loaded, model, pixels)
+
+    monkeypatch.setattr(memory, "_peaks_on_cpu", measure)
+    rows = one.measure_memory([3, 1, 2, 1])
+    assert [row["batch_size"] for row in rows] == [3, 1, 2, 1]
+    assert seen == [({1}, {1}, 1), ({2}, {2}, 2), ({3}, {3}, 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["fp32-sdpa", "fp32-sdpa-graph"])
+def test_a_size_has_the_same_peak_alone_and_after_others(mini, name):
+    """Graphs of smaller sizes are gone; the allocator rounds to blocks of 2 MB."""
+    alone = worker.measure_memory(mini, name, [16])[0]
+    after = worker.measure_memory(mini, name, [16, 1, 4, 8])[0]
+    difference = after["allocator_peak_bytes"] - alone["allocator_peak_bytes"]
+    assert abs(difference) <= 2 * 2**20

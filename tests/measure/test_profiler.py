@@ -2,12 +2,14 @@
 
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from vitnb import variants
-from vitnb.analysis import performance
+from vitnb.analysis import kernel_classes, performance
 from vitnb.data import dataset
 from vitnb.data.splits import load_split
 from vitnb.errors import VariantError
@@ -126,3 +128,40 @@ def test_idle_time_between_operators_shows(mini):
             module.register_forward_hook(lambda *_: time.sleep(0.02))
     found = profiler.profile_forward(loaded, pixels)
     assert found["idle_ms"] > before["idle_ms"] + 50
+
+
+def kernel(name: str, start: float, end: float) -> SimpleNamespace:
+    """An event on a GPU; times in microseconds."""
+    return SimpleNamespace(
+        name=name,
+        device_type=DeviceType.CUDA,
+        time_range=SimpleNamespace(start=start, end=end),
+    )
+
+
+@pytest.mark.parametrize("marker", ["fill", kernel_classes.MARKER])
+def test_marker_kernels_are_no_launches_of_the_forward(marker):
+    """One wakes the profiler, and one stands at either end.
+
+    Between the markers: 3 us of nothing, two kernels of 5 us, 2 us of nothing between
+    them and 4 us behind them.
+    """
+    fills = [kernel("fill", *times) for times in ((0, 1), (100, 101), (120, 121))]
+    ranges = [kernel(kernel_classes.MARKER, 99, 102)]
+    forward = [kernel("gemm", 104, 109), kernel("gemm", 111, 116)]
+    events = [*forward, *fills, *(ranges if marker != "fill" else [])]
+    timeline, begin, end = profiler._timeline(events, on_gpu=True)
+    assert timeline == [(0.104, 0.109), (0.111, 0.116)]
+    busy, idle = profiler.busy_and_idle(timeline, begin, end)
+    assert busy * 1e3 == pytest.approx(5 + 5)
+    assert idle * 1e3 == pytest.approx(3 + 2 + 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["fp32-sdpa", "fp32-sdpa-graph"])
+def test_the_launches_are_the_forward_s_own(mini, name):
+    """The timeline holds the kernels whose times are summed, and no other."""
+    loaded, pixels = loaded_and_pixels(mini, name)
+    found = profiler.profile_forward(loaded, pixels)
+    assert found["busy_ms"] == pytest.approx(found["total_ms"], rel=1e-3)

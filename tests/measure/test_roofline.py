@@ -1,15 +1,14 @@
-"""Operations by the closed form of a ViT, and times against given peaks."""
-
-import time
+"""Operations by the closed form of a ViT, and by kind of product."""
 
 import pytest
 import torch
 from transformers import ViTConfig
 
 from vitnb import variants
-from vitnb.analysis import performance
 from vitnb.measure import roofline
-from vitnb.models import loader
+from vitnb.models import layers, loader, quantization
+
+TOKENS, HIDDEN, INNER, LAYERS, CLASSES = 17, 64, 128, 3, 4  # of the mini study
 
 
 def vit_flops(c: ViTConfig, batch: int) -> int:
@@ -23,6 +22,11 @@ def vit_flops(c: ViTConfig, batch: int) -> int:
     )
     embedding = patches * hidden * c.num_channels * c.patch_size**2
     return 2 * batch * (embedding + c.num_hidden_layers * block + hidden * c.num_labels)
+
+
+def linear_flops(batch: int) -> int:
+    """Count the Linears of the mini study's blocks: all but the head."""
+    return 2 * batch * LAYERS * TOKENS * (4 * HIDDEN**2 + 2 * HIDDEN * INNER)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -58,27 +62,54 @@ def test_a_quantized_model_counts_what_it_stands_for(mini):
     assert roofline.count_flops(small, 3) == roofline.count_flops(full, 3)
 
 
-def test_shares_of_given_ceilings():
-    """40 GFLOP in 20 ms are 2 TFLOP/s, of 8.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fp32-sdpa", None),
+        ("bf16-sdpa", None),
+        ("nf4-sdpa", None),  # unpacked, and multiplied in the type of the rest
+        ("int8-sdpa", "int8"),
+        ("w8a8-sdpa", "int8"),
+        ("fp8-sdpa", "float8"),
+    ],
+)
+def test_eight_bit_linears_count_as_their_own_kind(mini, name, kind):
+    """The head, attention and the patches stay in the type of the rest."""
+    cpu = torch.device("cpu")
+    loaded = loader.load_variant(mini, variants.parse(name), on=cpu)
+    found = roofline.count_by_kind(loaded, [1, 3])["flops"]
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    assert list(found) == ["1", "3"]
+    for size in (1, 3):
+        total = vit_flops(loaded.model.config, size)
+        own = {} if kind is None else {kind: linear_flops(size)}
+        assert found[str(size)] == {dtype: total - sum(own.values())} | own
 
-    Reading 90 MB at 9 GB/s takes 10 ms, longer than the arithmetic's 5.
-    """
-    roof = {"matmul_tflops": 8.0, "copy_gbs": 9.0, "flops": {"4": 40e9}}
-    assert performance.roofline_shares(roof, 90_000_000, 4, 20.0) == pytest.approx(
-        {"tflops": 2.0, "matmul_share": 0.25, "roofline_share": 0.5}
-    )
-    assert performance.roofline_shares(roof, 9_000_000, 4, 20.0)[
-        "roofline_share"
-    ] == pytest.approx(0.25)
+
+def test_a_plan_counts_each_linear_by_its_own_width(mini):
+    loaded = loader.load_variant(mini, variants.parse("nf4-sdpa"))
+    name = next(n for n in layers.linears(loaded.model) if n.endswith("1.mlp.fc2"))
+    full = loader.load_variant(mini, variants.parse("fp32-sdpa"))
+    own = quantization.quantized_copy(layers.linears(full.model)[name], 8, loaded.dtype)
+    loaded.model.set_submodule(name, own)
+    (found,) = roofline.count_by_kind(loaded, [2])["flops"].values()
+    assert found["int8"] == 2 * 2 * TOKENS * HIDDEN * INNER
+    assert sum(found.values()) == vit_flops(loaded.model.config, 2)
 
 
-def test_peaks_are_no_less_than_what_a_product_reaches():
-    """One product, timed by hand, is at most twice as fast as the measured peak."""
-    found = roofline.measure_peaks(torch.device("cpu"), torch.float32)
-    a = torch.randn(1536, 1536)
-    begin = time.perf_counter()
-    a @ a
-    assert (
-        2 * 1536**3 / (time.perf_counter() - begin) / 1e12 < 2 * found["matmul_tflops"]
-    )
-    assert 0.1 < found["copy_gbs"] < 10_000
+@pytest.mark.parametrize(
+    ("name", "kind"), [("nf4-sdpa-fused", None), ("fp8-sdpa-fused", "float8")]
+)
+def test_what_the_fused_forward_leaves_out_is_not_counted(mini, name, kind):
+    """The last block's tokens but one: their output and MLP are never computed."""
+    cpu = torch.device("cpu")
+    loaded = loader.load_variant(mini, variants.parse(name), on=cpu)
+    (found,) = roofline.count_by_kind(loaded, [3])["flops"].values()
+    left_out = 2 * 3 * (TOKENS - 1) * (HIDDEN**2 + 2 * HIDDEN * INNER)
+    total = vit_flops(loaded.model.config, 3)
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    if kind is None:
+        assert found == {dtype: total - left_out}
+    else:
+        linears = linear_flops(3)
+        assert found == {dtype: total - linears, kind: linears - left_out}

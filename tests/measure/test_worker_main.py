@@ -50,6 +50,47 @@ def test_torch_is_imported_on_every_core():
     assert modules > 100 and on_every_core == modules
 
 
+def catches_interrupts(pid: int) -> bool:
+    """Tell whether Python has begun in a process: it would tell of an interrupt."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if "SigCgt" in line)
+    return bool(caught & 1 << signal.SIGINT - 1)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupt_before_anything_is_imported_leaves_no_trace(capfd, begun):
+    """A kernel that ends interrupts its processes, also one that has just begun."""
+    process, pipe = worker._start_interpreter()
+    end = time.monotonic() + 60
+    while begun and not catches_interrupts(process.pid) and time.monotonic() < end:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
+    pipe.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_nobody_asks_anything_leaves_no_trace(capfd):
+    with worker.WorkerProcess(None, "fp32-sdpa") as unused:
+        pass
+    assert unused._process.returncode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_while_a_worker_starts_is_not_lost(monkeypatch):
+    """It is held back for an instant, and then it is an interrupt as any other."""
+    started = subprocess.Popen
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return started(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker._start_interpreter()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
 def test_an_interrupted_start_leaves_no_trace_on_the_screen(capfd):
     """Ctrl-C reaches every process of a terminal, also one that imports PyTorch."""
     process, pipe = worker._start_interpreter()

@@ -16,7 +16,7 @@ from vitnb.data.splits import load_split
 from vitnb.errors import UserError
 from vitnb.measure import accuracy
 from vitnb.mixed_precision import ablation, switchable
-from vitnb.models import checkpoints, layers, loader, quantization
+from vitnb.models import checkpoints, layers, loader
 from vitnb.records.resume import ResumeCache
 
 
@@ -209,16 +209,15 @@ def test_quantizing_moves_the_answers_and_fewer_bits_more(rows):
 
 
 def test_none_is_what_the_exported_variant_does(mini, rows):
-    """The in-place quantization against the checkpoint that the loader makes."""
-    exported = loader.load_variant(mini, variants.parse("nf4-sdpa"))
-    quantization.disable_cpu_packing(exported.model)
+    """The in-place quantization against the checkpoints that the loader makes."""
     full = loader.load_variant(mini, variants.parse("fp32-sdpa"))
-    valid = load_split(mini, "valid")
-    oracle = accuracy.kl_divergence(
-        accuracy.compute_logits(full, valid), accuracy.compute_logits(exported, valid)
-    )
-    none = next(row for row in rows if (row["bits"], row["kept"]) == (4, "none"))
-    assert none["kl"] == pytest.approx(oracle.mean().item(), rel=0.02)
+    images = switchable.reference_answers(full, load_split(mini, "valid"))
+    for bits, name in ((4, "nf4-sdpa"), (8, "int8-sdpa")):
+        exported = loader.load_variant(mini, variants.parse(name))
+        logits = switchable.compute_logits(exported, images.pixels, exported.dtype)
+        none = next(row for row in rows if (row["bits"], row["kept"]) == (bits, "none"))
+        for key, value in images.scores(logits).items():
+            assert none[key] == value, key
 
 
 def test_replaying_the_first_layers_changes_no_bit(mini, rows, monkeypatch):

@@ -18,14 +18,14 @@ from conftest import killed_at
 from transformers import AutoModelForImageClassification
 
 from vitnb import cli, devices, variants
-from vitnb.analysis import plan_validation, summary
+from vitnb.analysis import plan_validation
 from vitnb.data import dataset
 from vitnb.data.images import read_image
 from vitnb.data.splits import Split, load_split
 from vitnb.errors import UserError, VariantError
 from vitnb.figures import mixed_precision
 from vitnb.measure import accuracy
-from vitnb.mixed_precision import knapsack, search
+from vitnb.mixed_precision import knapsack, search, switchable
 from vitnb.models import checkpoints, layers, loader, plans, quantization
 from vitnb.report.page import write_report
 from vitnb.study import Study, load_study
@@ -278,7 +278,6 @@ def test_a_plan_is_a_variant_like_any_other(planned, name):
         == plan.uniform_bytes + plan.extra_bytes
         <= plan.uniform_bytes * (1 + plan.budget)
     )
-    quantization.disable_cpu_packing(loaded.model)
     full, valid = (
         loader.load_variant(planned, variants.parse("fp32-sdpa")),
         load_split(planned, "valid"),
@@ -291,6 +290,16 @@ def test_a_plan_is_a_variant_like_any_other(planned, name):
         and plan.kl_low <= plan.kl <= plan.kl_high
     )
     assert plan.kl < plan.uniform_kl and plan.images == len(valid)
+    images = switchable.reference_answers(full, valid)
+    logits = switchable.compute_logits(loaded, images.pixels, loaded.dtype)
+    chosen = next(
+        row for row in record(planned, name)["curve"] if row["widths"] == plan.widths
+    )
+    scores = images.scores(logits)  # bit for bit
+    assert (chosen["kl"], chosen["kl_by_image"]) == (
+        scores["kl"],
+        scores["kl_by_image"],
+    )
     test = load_split(planned, "test")
     oracle = accuracy.kl_divergence(
         accuracy.compute_logits(full, test), accuracy.compute_logits(loaded, test)
@@ -592,38 +601,7 @@ def test_a_plan_through_the_notebooks_and_the_report(planned, mini_yaml, run_cel
         record(planned, "wide")["curve"]
     )
     mixed_precision.linears_map(record(planned, "wide"))
-    other = {"checkpoint_sha256": {"merged": "of another fine-tuning"}}
-    fresh, old = plan_validation.current_plans([record(planned, "wide")], other)
-    assert fresh == [] and [plan["name"] for plan in old] == ["wide"]
     plt.close("all")
-
-
-def test_a_row_belongs_to_the_newest_plan_of_the_newest_fine_tuning():
-    row = {
-        "status": "ok",
-        "asked": {"variant": "plan:p-sdpa"},
-        "checkpoint_sha256": "one",
-    }
-    training = {
-        "status": "ok",
-        "checkpoint_sha256": {"merged": "m", "nf4": "n", "int8": "i"},
-    }
-    plan = {
-        "notebook": "plan",
-        "status": "ok",
-        "checkpoint_sha256": "one",
-        "plan": {"name": "p", "merged_sha256": "m"},
-    }
-    assert summary.stale_reason(row, summary.with_plans(training, [plan])) == ""
-    for other in (
-        [],
-        [plan | {"checkpoint_sha256": "two"}],
-        [plan | {"plan": {"name": "p", "merged_sha256": "older"}}],
-    ):
-        assert "than the newest plan record" in summary.stale_reason(
-            row, summary.with_plans(training, other)
-        )
-    assert summary.stale_reason(row, summary.with_plans(None, [plan])) == ""
 
 
 def by_hand(plan: float, chance: list[float], curve: float = 0.4) -> dict:
@@ -670,6 +648,9 @@ def test_the_verdict():
     assert met["best_random"] == pytest.approx(
         0.2
     ) and "asked for: met" in plan_validation.describe_plan(by_hand(0.7, [0.8]))
+    few = plan_validation.describe_plan(by_hand(0.7, [0.8] * 19))
+    assert "beats 19 of 19" in few and "cannot tell a plan from luck: 20" in few
+    assert "luck" not in plan_validation.describe_plan(by_hand(0.7, [0.8] * 20))
     lost = by_hand(0.7, [0.8, 0.69])
     assert not plan_validation.validate(lost)[
         "met"

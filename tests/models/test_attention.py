@@ -190,7 +190,24 @@ def test_fa2_on_a_new_gpu(monkeypatch, there, backend):
     monkeypatch.setattr(
         attention, "find_spec", lambda name: object() if there else None
     )
+    package = SimpleNamespace(flash_attn_func=None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     assert attention.resolve_backend("fa2", torch.device("cuda")) == backend
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_a_reason(monkeypatch, tmp_path):
+    """It was built for another PyTorch: it is there, and its import fails."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    (tmp_path / "flash_attn.py").write_text(
+        "raise ImportError('undefined symbol: _ZN3c104cuda\\nand more')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    with pytest.raises(
+        VariantError, match=r"cannot be imported \(undefined symbol"
+    ) as e:
+        attention.resolve_backend("fa2", torch.device("cuda"))
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
     BeitConfig,
+    BitImageProcessorPil,
     DeiTConfig,
     Dinov2Config,
     Dinov2Model,
@@ -28,7 +29,7 @@ from vitnb.errors import UserError, VariantError
 from vitnb.inference import classify
 from vitnb.measure import accuracy, latency, profiler, roofline
 from vitnb.mixed_precision import ablation, switchable
-from vitnb.models import checkpoints, loader, pretrained
+from vitnb.models import checkpoints, inspection, loader, pretrained
 from vitnb.models.layers import linears, transformer_blocks
 from vitnb.study import load_study
 from vitnb.training import baselines, loop, lora
@@ -107,7 +108,12 @@ def write_base(name: str, folder):
     assert (
         "vit.encoder.layer.0.attention.attention.query.weight" in saved
     ) == name.startswith("vit")
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    if name == "dinov2":  # as its authors give it: resized by the shortest edge, cut
+        processor = BitImageProcessorPil(
+            size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
+        )
+    processor.save_pretrained(folder)
 
 
 def study(name: str, folder):
@@ -153,6 +159,9 @@ def test_from_fine_tuning_to_naming_images(name, place, outputs, capsys):
         rows, _ = classify(loaded, test.paths, test.root)
         names = [train.class_names[i] for i in logits[variant].argmax(1)]
         assert [row["top1"] for row in rows] == names
+    for export in ("merged", "nf4", "int8"):
+        lines = inspection.inspect_checkpoint(made.checkpoint(export))
+        assert lines[3].startswith("preprocessing 32x32, mean")
     assert roofline.count_flops(loaded.model.config, 2, (32, 32)) > 1e6
     plain = AutoModelForImageClassification.from_pretrained(
         made.checkpoint("merged"), attn_implementation="eager"

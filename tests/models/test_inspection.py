@@ -95,8 +95,12 @@ def test_preprocessing_missing_or_of_another_size(broken):
     folder = broken()
     edit(folder / "preprocessor_config.json", size={"height": 64, "width": 64})
     with pytest.raises(
-        UserError, match=r"makes \(64, 64\) pixels and the model takes \(32, 32\)"
+        UserError,
+        match=r"does not take images of 64 x 64 pixels, which its preprocessing gives",
     ):
+        inspection.inspect_checkpoint(folder)
+    edit(folder / "preprocessor_config.json", size={"longest_edge": 64})
+    with pytest.raises(UserError, match="gives images of no fixed size"):
         inspection.inspect_checkpoint(folder)
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="has no preprocessing"):

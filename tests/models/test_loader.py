@@ -66,10 +66,11 @@ def test_an_export_loads_without_this_package(mini, tmp_path, name, types):
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_quantized_export_is_bit_identical_after_a_reload(mini, name):
     """Saving and loading changes neither weights nor quantization state."""
+    half = devices.half_dtype(devices.select_device())
     made = AutoModelForImageClassification.from_pretrained(
         mini.checkpoint("merged"),
-        dtype=torch.bfloat16,
-        quantization_config=quantization.bnb_config(name, ["classifier"]),
+        dtype=half,
+        quantization_config=quantization.bnb_config(name, ["classifier"], half),
     )
     loaded = AutoModelForImageClassification.from_pretrained(mini.checkpoint(name))
     before, after = made.state_dict(), loaded.state_dict()
@@ -88,8 +89,9 @@ def test_nf4_holds_the_merged_weights(mini):
     """The loader quantizes the merged weights, in 16 bits, as bitsandbytes does."""
     from bitsandbytes import functional
 
+    half = devices.half_dtype(devices.select_device())
     merged = AutoModelForImageClassification.from_pretrained(
-        mini.checkpoint("merged"), dtype=torch.bfloat16
+        mini.checkpoint("merged"), dtype=half
     )
     small = AutoModelForImageClassification.from_pretrained(mini.checkpoint("nf4"))
     plain = layers.linears(merged.to(small.device))
@@ -114,9 +116,10 @@ def test_nf4_holds_the_merged_weights(mini):
 def test_what_is_kept_and_what_is_quantized(mini):
     merged = load_file(mini.checkpoint("merged") / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    half = devices.half_dtype(devices.select_device())
     for name, weights in (("nf4", torch.uint8), ("int8", torch.int8)):
         tensors = load_file(mini.checkpoint(name) / "model.safetensors")
-        assert tensors["classifier.weight"].dtype == torch.bfloat16
+        assert tensors["classifier.weight"].dtype == half
         small = [
             key
             for key, tensor in tensors.items()
@@ -175,6 +178,52 @@ def test_nf4_weights_are_packed_only_to_compute_in_bfloat16(mini, monkeypatch, d
         if isinstance(module, quantization.bnb.nn.Linear4bit)
     }
     assert packed == {dtype == torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["nf4-sdpa", "nf4-sdpa-fused", "int8-sdpa"])
+def test_resident_bytes_are_those_of_the_model_that_has_run(mini, machine, name):
+    """A CPU that packs NF4 weights has packed them when the model is loaded."""
+    loaded = loader.load_variant(mini, variants.parse(name))
+    before = {key: p.clone() for key, p in loaded.model.named_parameters()}
+    with loaded.inference() as engine:
+        engine(pixel_values=loaded.prepare(torch.randn(2, 3, 32, 32)))
+    assert loaded.resident_bytes == quantization.resident_bytes(loaded.model)
+    for key, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, before[key]), key
+
+
+def test_whatever_a_library_raises_is_the_variant_s_reason(mini, monkeypatch):
+    """While a variant is loaded and in its block; elsewhere a mistake is a mistake."""
+
+    def broken(*arguments, **options):
+        raise ImportError("undefined symbol\nand more")
+
+    loaded = loader.load_variant(mini, variants.parse("fp32-sdpa"))
+    with (
+        pytest.raises(VariantError, match=r"^RuntimeError: no kernel image$") as told,
+        loaded.inference(),
+    ):
+        raise RuntimeError("no kernel image\nand more")
+    assert isinstance(told.value.__cause__, RuntimeError), "its trace is not lost"
+    for known in (UserError("as it is"), VariantError("as it is")):
+        with (
+            pytest.raises(type(known), match=r"^as it is$") as told,
+            loaded.inference(),
+        ):
+            raise known
+        assert told.value is known
+    with pytest.raises(KeyboardInterrupt), loaded.inference():
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(VariantError, match=r"^out of memory: lower batch_size"),
+        loaded.inference(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(NameError):
+        undefined + 1  # noqa: F821
+    monkeypatch.setattr(loader, "_read_model", broken)
+    with pytest.raises(VariantError, match=r"^ImportError: undefined symbol$"):
+        loader.load_variant(mini, variants.parse("fp32-sdpa"))
 
 
 def test_a_checkpoint_that_is_not_what_the_variant_needs(mini):

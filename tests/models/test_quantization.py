@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from vitnb.errors import UserError, VariantError
-from vitnb.models import layers, quantization
+from vitnb.models import layers, nf4, quantization
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_a_4_bit_copy_is_bitsandbytes_nf4_with_double_quantization():
     )
     oracle = functional.dequantize_4bit(codes, state)
     copy = quantization.quantized_copy(linear, 4, torch.bfloat16)
+    nf4.disable_cpu_packing(copy)  # ``test_nf4.py`` tests packed weights
     result = functional.dequantize_4bit(copy.weight.data, copy.weight.quant_state)
     assert torch.equal(result, oracle) and copy.weight.quant_state.nested
     x = torch.randn(5, 128, dtype=torch.bfloat16)
@@ -161,7 +162,7 @@ def test_a_model_that_may_not_be_packed_is_not(vit):
             module.support_avx512bf16_for_cpu = (
                 True  # as bitsandbytes sets it on such a machine
             )
-    quantization.disable_cpu_packing(model)
+    nf4.disable_cpu_packing(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -172,23 +173,23 @@ def test_a_model_that_may_not_be_packed_is_not(vit):
 
 
 def test_the_loader_is_told_what_the_variant_means():
-    nf4 = quantization.bnb_config(
+    small = quantization.bnb_config(
         "nf4", ["classifier", "vit.layers.3.mlp.fc1"], torch.float16
     )
     assert (
-        nf4.load_in_4bit
-        and nf4.bnb_4bit_quant_type == "nf4"
-        and nf4.bnb_4bit_use_double_quant
+        small.load_in_4bit
+        and small.bnb_4bit_quant_type == "nf4"
+        and small.bnb_4bit_use_double_quant
     )
     assert (
-        nf4.bnb_4bit_compute_dtype == torch.float16
-        and nf4.bnb_4bit_quant_storage == torch.uint8
+        small.bnb_4bit_compute_dtype == torch.float16
+        and small.bnb_4bit_quant_storage == torch.uint8
     )
     int8 = quantization.bnb_config("int8", ["classifier"])
     assert int8.load_in_8bit and int8.llm_int8_threshold == 6.0, (
         "LLM.int8 as the source study ran it"
     )
-    assert nf4.llm_int8_skip_modules == [
+    assert small.llm_int8_skip_modules == [
         "classifier",
         "vit.layers.3.mlp.fc1",
     ] and int8.llm_int8_skip_modules == ["classifier"]

@@ -1,5 +1,6 @@
 """The report's page, made from published records: the answer, its order, its width."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import confusion_matrix
 
-from vitnb.records import reader
+from vitnb import statistics
+from vitnb.records import reader, schema
 from vitnb.report import page
 from vitnb.study import ROOT, Study, load_study
 
@@ -99,6 +101,30 @@ def test_the_answer_is_what_the_tables_say(embedded):
         assert f"{speed} at batch {row.batch_size}" in second
 
 
+def test_the_page_says_what_its_processes_can_show(embedded, tmp_path, monkeypatch):
+    """The published record has one process of each; with two, there is a stated rate.
+
+    The constant behind the sentence is compared with the published series elsewhere.
+    """
+    rate = f"At most {100 * statistics.FALSE_CALL_RATE:.3g}% of equal pairs"
+    one = " ".join(embedded.read_text().split())
+    assert "no rate of false calls is known" in one and rate not in one
+    assert "more than 2% away from 1" in one
+    study = copy_study("embedded", tmp_path, monkeypatch)
+    path = study.outputs / "records" / "compare.json"
+    record = schema.upgrade(json.loads(path.read_text()))
+    record["turns"] = {
+        size: {name: [i % 2 for i in range(len(some))] for name, some in blocks.items()}
+        for size, blocks in record["blocks_ms"].items()
+    }
+    record["ended"] = dict.fromkeys(record["blocks_ms"], "after 100 rounds")
+    path.write_text(json.dumps(record))
+    two = " ".join(page.write_report(study).read_text().split())
+    assert rate in two and "no rate of false calls" not in two
+    assert "Rounds of one process count as one cluster" in two
+    assert "The rounds of batch 1 ended after 100 rounds." in two
+
+
 def test_without_a_comparison_nothing_is_recommended(tmp_path, monkeypatch):
     study = copy_study("vit-l16-qlora", tmp_path, monkeypatch)
     html = page.write_report(study).read_text()
@@ -141,6 +167,20 @@ def test_results_by_class_are_those_of_the_confusion_matrix(embedded):
         (i, counts[i, i], counts[i].sum()) for i in worst
     ]
     assert "These records hold no class names" in section
+
+
+def test_one_ceiling_of_each_kind_is_shown_the_largest(embedded):
+    rates = {}
+    for path in (PUBLISHED / "embedded" / "records").glob("evaluate-*.json"):
+        record = json.loads(path.read_text())
+        if "matmul_tflops" not in record["roofline"]:
+            pytest.skip("these records have ceilings of their own")
+        rate = record["roofline"]["matmul_tflops"]
+        rates[record["dtype"]] = max(rate, rates.get(record["dtype"], 0))
+    text = embedded.read_text().partition("<h3>Ceilings of the machine</h3>")[2]
+    shown = re.findall(r">(\w+) product</td><td[^>]*>([\d.]+) TFLOP/s<", text)
+    assert dict(shown) == {kind: f"{rate:.3f}" for kind, rate in rates.items()}
+    assert len(shown) == len(rates)
 
 
 def test_records_are_read_once(tmp_path, monkeypatch):

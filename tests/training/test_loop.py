@@ -238,12 +238,36 @@ def test_what_a_training_took():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_peak_is_that_of_this_training(mini, shapes):
-    """Memory that was freed before does not count; the model does."""
+    """Memory of others does not count, freed or in use; the model does."""
     train, valid, processor = shapes
     before = torch.empty(2**28, device="cuda")
     del before
+    living = torch.ones(2**26, device="cuda")  # of 256 MB
     model = fresh(mini, shapes)
     found = learning.training_cost(loop.train(model, mini, processor, train, valid))[
         "peak_bytes"
     ]
-    assert sum(p.numel() * p.element_size() for p in model.parameters()) < found < 2**28
+    assert living.all()
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    workspaces = 2**27  # of cuBLAS
+    assert own < found < own + workspaces
+
+
+def test_what_others_hold_is_not_in_the_peak(mini, shapes, monkeypatch):
+    """A stand-in for a GPU: others hold 700 bytes beside the model, all the time."""
+    model, device = fresh(mini, shapes), torch.device("cuda")
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    counts = {"allocated": own + 700, "peak": 10**12}
+
+    def reset(_):
+        counts["peak"] = counts["allocated"]
+
+    monkeypatch.setattr(loop.devices, "free_memory", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    for name, key in (("memory", "allocated"), ("max_memory", "peak")):
+        monkeypatch.setattr(
+            torch.cuda, f"{name}_allocated", lambda _, key=key: counts[key]
+        )
+    others = loop._bytes_of_others(model, device)
+    counts["peak"] += 5000
+    assert loop._peak_bytes(device, None, others) == own + 5000

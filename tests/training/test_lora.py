@@ -1,13 +1,26 @@
 """LoRA: what is trained, and an export that is what was trained."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
-from vitnb import devices
+from vitnb import devices, variants
 from vitnb.data import dataset
-from vitnb.errors import UserError
-from vitnb.models import checkpoints, pretrained, quantization
+from vitnb.errors import UserError, VariantError
+from vitnb.models import (
+    checkpoints,
+    export,
+    layers,
+    loader,
+    plans,
+    pretrained,
+    quantization,
+)
+from vitnb.records.files import MARKER
 from vitnb.training import loop, lora
 
 
@@ -146,3 +159,91 @@ def test_export_sizes_are_those_of_the_files(mini):
     assert checkpoints.disk_bytes(mini.checkpoint("merged")) > 4 * sum(
         tensor.numel() for tensor in weights.values()
     )
+
+
+def unfinished(study) -> list[str]:
+    """Return what stands beside the checkpoints for a moment only."""
+    return [path.name for path in study.outputs.iterdir() if path.name[0] == "."]
+
+
+@pytest.fixture
+def own(mini, tmp_path, monkeypatch):
+    """The mini study with checkpoints of its own, which a test may replace."""
+    shutil.copytree(mini.outputs / "checkpoints", tmp_path / "mini" / "checkpoints")
+    monkeypatch.setenv("VITNB_OUTPUTS", str(tmp_path))
+    assert mini.outputs == tmp_path / "mini"
+    return mini
+
+
+def test_plans_of_the_fine_tuning_before_are_kept_and_said_to_be_old(
+    own, shapes, capsys
+):
+    """And are refused, as they are of another model."""
+    kept = layers.quantizable(loader.load_baseline(own).model)
+    folder = export.export_plan(own, "small", [*list(kept)[:2], "classifier"])
+    merged = checkpoints.fingerprint(own.checkpoint("merged"))
+    plan = plans.Plan("small", 0.1, {}, *[0] * 2, *[0.0] * 5, 9, merged)
+    plans.write_plan(own, plan)
+    variant = variants.parse("plan:small-sdpa")
+    files_before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(VariantError, match="Linears"):  # the plan above is empty
+        loader.load_variant(own, variant)
+
+    model, _ = fit(own, shapes, seed=7)
+    lora.export_checkpoints(model, own, shapes[2], shapes[0].class_names)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "small" in line and f"python -m vitnb plan {own.typed}" in line
+    assert files_before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert checkpoints.fingerprint(own.checkpoint("merged")) != merged
+    with pytest.raises(UserError, match="made for another model") as told:
+        loader.load_variant(own, variant)
+    command = f"python -m vitnb plan {own.typed} --name small"
+    assert command in str(told.value) and len(str(told.value).splitlines()) == 1
+    assert unfinished(own) == []
+
+
+def test_checkpoints_of_an_older_version_are_replaced(own, shapes):
+    (own.outputs / "checkpoints" / MARKER).unlink()
+    lora.check_request(own)
+    model, _ = fit(own, shapes, seed=7)
+    lora.export_checkpoints(model, own, shapes[2], shapes[0].class_names)
+    assert (own.outputs / "checkpoints" / MARKER).exists() and unfinished(own) == []
+
+
+@pytest.mark.parametrize("left", ["thesis.tex", "other/config.json", "merged/a/b"])
+def test_somebody_elses_checkpoints_stay(own, shapes, left):
+    """They are refused before a training, too."""
+    folder = own.outputs / "checkpoints"
+    (folder / MARKER).unlink()
+    (folder / left).parent.mkdir(exist_ok=True)
+    (folder / left).write_text("years of work")
+    with pytest.raises(UserError, match="move it away"):
+        lora.check_request(own)
+    model = lora.add_adapters(own, shapes[0].class_names)
+    with pytest.raises(UserError, match="move it away"):
+        lora.export_checkpoints(model, own, shapes[2], shapes[0].class_names)
+    assert (folder / left).read_text() == "years of work"
+
+
+def test_the_base_may_not_lie_in_the_checkpoints(own):
+    """Else the fine-tuned model would take the place of its own base."""
+    study = replace(own, base=str(own.checkpoint("merged")))
+    with pytest.raises(UserError, match="one lies in the other"):
+        lora.check_request(study)
+
+
+def test_a_request_is_checked_before_a_training(own):
+    lora.check_request(own, "attention, fc1")
+    with pytest.raises(UserError, match="did you mean 'q_proj'"):
+        lora.check_request(own, "q_prj")
+    with pytest.raises(UserError, match="alpha must be at least 1"):
+        lora.add_adapters(own, ["a", "b"], alpha=0)
+
+
+def test_the_marker_is_no_part_of_a_checkpoint(own):
+    """It counts no bytes, and plain transformers load the folder with it."""
+    folder = export.export_plan(own, "small", ["classifier"])
+    sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
+    assert sizes.pop(MARKER) > 0
+    assert checkpoints.disk_bytes(folder) == sum(sizes.values())
+    assert AutoModelForImageClassification.from_pretrained(folder).num_labels == 4

@@ -7,6 +7,7 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix, f1_score
 
 from vitnb import statistics, variants
+from vitnb.analysis import provenance
 
 COLUMNS = [
     "variant",
@@ -97,7 +98,7 @@ def paired_comparison(evaluated: list[dict], record: dict | None) -> pd.DataFram
     """Compare every variant's answers with the baseline's, image by image.
 
     Args:
-        evaluated: evaluate records.
+        evaluated: evaluate records of one device, oldest first.
         record: the compare record, which holds KL by image; None without a comparison.
 
     Returns:
@@ -105,13 +106,10 @@ def paired_comparison(evaluated: list[dict], record: dict | None) -> pd.DataFram
         McNemar's test, KL in nats with its bootstrap interval. P-values are corrected
         for the number of variants (Holm). ``kl_control_p_corrected`` tests whether a
         variant moves the answers further than 16-bit computing alone (bf16-sdpa) does
-        (paired t-test). Empty without a baseline.
+        (paired t-test). ``verdict`` says so where so few images differ that no split of
+        them could be significant. Empty without a baseline.
     """
-    predictions = {
-        r["asked"]["variant"]: r["predictions"]
-        for r in evaluated
-        if r["status"] == "ok"
-    }
+    predictions = _predictions(evaluated)
     if variants.BASELINE not in predictions:
         return pd.DataFrame(columns=COLUMNS)
     kl = _kl_by_image(record)
@@ -129,8 +127,49 @@ def paired_comparison(evaluated: list[dict], record: dict | None) -> pd.DataFram
     ):
         known = table[column].notna()
         table.loc[known, corrected] = statistics.holm(table.loc[known, column].tolist())
-    table["verdict"] = [_verdict(row) for _, row in table.iterrows()]
+    ps = table.p.dropna().tolist()
+    tests = iter(range(len(ps)))
+    table["verdict"] = [
+        _verdict(row, ps, None if pd.isna(row.p) else next(tests))
+        for _, row in table.iterrows()
+    ]
     return table[COLUMNS]
+
+
+def _predictions(evaluated: list[dict]) -> dict[str, dict]:
+    """Return the predictions of each variant.
+
+    Of several records, the newest at the study's own batch sizes counts.
+    """
+    ordered = sorted(evaluated, key=lambda one: not one["asked"].get("batch_size"))
+    return {
+        record["asked"]["variant"]: record["predictions"]
+        for record in ordered
+        if record["status"] == "ok"
+    }
+
+
+def compare_devices(evaluated: list[dict], record: dict | None) -> pd.DataFrame:
+    """Compare variants with the baseline of their own device, device by device.
+
+    Args:
+        evaluated: evaluate records of all devices, oldest first.
+        record: the compare record; its KL is of its own device alone.
+
+    Returns:
+        The rows of ``paired_comparison``, with a column ``device`` in front.
+    """
+    tables = []
+    for device in dict.fromkeys(map(provenance.device_name, evaluated)):
+        own = [one for one in evaluated if provenance.device_name(one) == device]
+        is_same = record and provenance.device_name(record) == device
+        table = paired_comparison(own, record if is_same else None)
+        table.insert(0, "device", device)
+        if not table.empty:
+            tables.append(table)
+    if not tables:
+        return pd.DataFrame(columns=["device", *COLUMNS])
+    return pd.concat(tables, ignore_index=True)
 
 
 def _kl_by_image(record: dict | None) -> dict[str, np.ndarray]:
@@ -188,11 +227,20 @@ def _divergence(name: str, kl: dict[str, np.ndarray]) -> dict[str, float]:
     return row
 
 
-def _verdict(row: pd.Series) -> str:
-    """Describe a variant's accuracy; never better or worse inside the noise."""
-    if row.variant == variants.BASELINE:
+def _verdict(row: pd.Series, ps: list[float], test: int | None) -> str:
+    """Describe a variant's accuracy; never better or worse inside the noise.
+
+    Args:
+        ps: p-values of all variants, not corrected.
+        test: the index of this row's own among them; None for the baseline.
+    """
+    if test is None:
         return "the baseline"
     if row.p_corrected < 1 - statistics.LEVEL:
         word = "better" if row.points > 0 else "worse"
         return f"{word} than {variants.BASELINE}: {row.points:+.1f} points"
+    differing = int(row.only_baseline_right + row.only_variant_right)
+    least = statistics.least_mcnemar_pvalue(differing)
+    if not statistics.could_be_significant(test, ps, least):
+        return f"too few images differ to tell ({differing})"
     return "no difference beyond noise"

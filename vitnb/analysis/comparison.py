@@ -6,15 +6,17 @@ sentences.
 """
 
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pandas as pd
 
 from vitnb import statistics, variants
 
-TIME_COLUMNS = ["variant", "batch_size", "p50_ms", "low", "high", "samples"]
-RATIO_COLUMNS = ["a", "b", "batch_size", "ratio", "low", "high", "samples"]
+TIME_COLUMNS = ["variant", "batch_size", "engine_ran", "p50_ms", "low", "high"]
+TIME_COLUMNS += ["samples"]
+RATIO_COLUMNS = ["a", "b", "batch_size", "a_ran", "b_ran", "ratio", "low", "high"]
+RATIO_COLUMNS += ["samples", "df", "p"]
 
 # Targets of the source study against its fp32 baseline: at least this much smaller and
 # faster, at most this many points of top-1 lost.
@@ -23,27 +25,53 @@ TARGET_SMALLER, TARGET_FASTER, TARGET_POINTS = 4.0, 2.0, 3.0
 # --- Tables of a compare record ---
 
 
+Blocks = dict[str, list[list[float]]]  # {variant: [rounds][forwards] milliseconds}
+
+
 def pair_ratio(a: list[list[float]], b: list[list[float]]) -> statistics.Ratio:
-    """Return the ratio of two variants' times, block by block of the same rounds.
+    """Return the ratio of the times of one process each, in blocks of the same rounds.
 
     A block counts with its median.
     """
-    return statistics.ratio(np.median(a, axis=1), np.median(b, axis=1))
+    return statistics.signed_rank_ratio(np.median(a, axis=1), np.median(b, axis=1))
+
+
+def pair_ratios(
+    blocks: Blocks, turns: dict[str, list[int]] | None
+) -> dict[tuple[str, str], statistics.Ratio]:
+    """Return the ratio a / b of every pair at one batch size, {(a, b): ratio}.
+
+    Rounds of one process count as one cluster, see ``ProcessTimes.ratio``. Without
+    several processes of a variant, the interval holds the noise of the rounds alone.
+
+    Args:
+        blocks: in the same rounds.
+        turns: {variant: [rounds] index of the process}; None: not known.
+    """
+    pairs = list(permutations(blocks, 2))
+    if turns is None or all(len(set(turns[name])) == 1 for name in blocks):
+        return {(a, b): pair_ratio(blocks[a], blocks[b]) for a, b in pairs}
+    medians = {name: np.median(some, axis=1) for name, some in blocks.items()}
+    fitted = statistics.fit_process_times(medians, turns)
+    return {(a, b): fitted.ratio(a, b) for a, b in pairs}
 
 
 def _names(record: dict) -> list[str]:
-    """Return the variants of a record in order, then its external peers.
+    """Return the variants of a record in order, then its external peers."""
+    asked = record["asked"]
+    return variants.sort_names(asked["variants"]) + asked["peers"]
 
-    Records made before there were peers have none.
-    """
-    parameters = record["asked"]
-    return variants.sort_names(parameters["variants"]) + parameters.get("peers", [])
+
+def engine_that_ran(record: dict, size: str, name: str) -> str | None:
+    """Return the engine that ran at a batch size; None if none did."""
+    return record["warm_up"][size].get(name, {}).get("engine_ran")
 
 
 def time_table(record: dict) -> pd.DataFrame:
     """Return the p50 of each variant and peer over all its timed forwards.
 
-    The interval is at 95%. What failed has blanks.
+    The interval is at 95%. What failed has blanks. ``engine_ran`` is the engine that
+    ran at this batch size.
     """
     rows = []
     for size, blocks in record["blocks_ms"].items():
@@ -53,6 +81,7 @@ def time_table(record: dict) -> pd.DataFrame:
                 samples = np.concatenate(blocks[name])
                 ((p50, low, high),) = statistics.percentiles(samples, [0.5])
                 row |= {"p50_ms": p50, "low": low, "high": high}
+                row["engine_ran"] = engine_that_ran(record, size, name)
                 row["samples"] = len(samples)
             rows.append(row)
     return pd.DataFrame(rows, columns=TIME_COLUMNS)
@@ -62,15 +91,21 @@ def ratio_table(record: dict) -> pd.DataFrame:
     """Return the ratio of times a / b of every pair at every batch size.
 
     The interval is at statistics.PAIR_LEVEL. A pair with a failed member has blanks.
+    ``df`` are degrees of freedom between processes; 0: one process of each, no p-value.
+    ``a_ran`` and ``b_ran`` are the engines that ran at this batch size.
     """
     rows = []
     for size, blocks in record["blocks_ms"].items():
+        turns = record["turns"] and record["turns"][size]
+        ratios = pair_ratios(blocks, turns)
         for b, a in combinations(_names(record), 2):
             row = {"a": a, "b": b, "batch_size": int(size), "samples": 0}
-            if a in blocks and b in blocks:
-                ratio = pair_ratio(blocks[a], blocks[b])
+            if (a, b) in ratios:
+                ratio = ratios[a, b]
                 row |= {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
-                row["samples"] = ratio.samples
+                row |= {"samples": ratio.samples, "df": ratio.df, "p": ratio.p}
+                row["a_ran"] = engine_that_ran(record, size, a)
+                row["b_ran"] = engine_that_ran(record, size, b)
             rows.append(row)
     return pd.DataFrame(rows, columns=RATIO_COLUMNS)
 
@@ -81,16 +116,16 @@ def ratios_to_baseline(
     """Return the ratios of all variants to one of them, whose own ratio is 1.
 
     Returns:
-        Columns variant, batch_size, ratio, low, high.
+        Columns variant, batch_size, ratio, low, high, df.
     """
     straight = table[table.b == baseline].rename(columns={"a": "variant"})
     turned = table[table.a == baseline].rename(columns={"b": "variant"})
     turned = turned.assign(
         ratio=1 / turned.ratio, low=1 / turned.high, high=1 / turned.low
     )
-    columns = ["variant", "batch_size", "ratio", "low", "high"]
+    columns = ["variant", "batch_size", "ratio", "low", "high", "df"]
     itself = pd.DataFrame({"batch_size": sorted(table.batch_size.unique())})
-    itself = itself.assign(variant=baseline, ratio=1.0, low=1.0, high=1.0)
+    itself = itself.assign(variant=baseline, ratio=1.0, low=1.0, high=1.0, df=0)
     return pd.concat(
         [itself[columns], straight[columns], turned[columns]], ignore_index=True
     )
@@ -102,9 +137,10 @@ def describe_speed(row) -> str:
         return "the baseline"
     if not row.low:
         return "too few rounds to tell"
-    if not statistics.outside_margin(row.low, row.high):
+    if not statistics.outside_margin(row.low, row.high, row.df):
         interval = f"({1 / row.high:.2f} to {1 / row.low:.2f})"
-        return f"no difference beyond noise {interval}"
+        beyond = "noise" if row.df else "what one process of each can show"
+        return f"no difference beyond {beyond} {interval}"
     if row.ratio < 1:
         interval = f"({1 / row.high:.2f} to {1 / row.low:.2f})"
         return f"{1 / row.ratio:.2f}x faster {interval}"
@@ -114,19 +150,25 @@ def describe_speed(row) -> str:
 def same_program_notes(summary: pd.DataFrame) -> list[str]:
     """Name the variants that differ in name alone.
 
-    Their weights, engine and attention kernel that ran are the same.
+    Their weights, engine and attention kernel that ran are the same, on one device. An
+    engine may fall back at one batch size and not at another.
     """
-    notes = []
     ok = summary[summary.status == "ok"]
-    keys = ["weights", "engine_ran", "attention_ran"]
-    for (weights, _, kernel), group in ok.groupby(keys):
-        names = sorted(group.variant.unique())
+    alike: dict[tuple, set[int]] = {}  # (names, engine, weights, kernel): batch sizes
+    keys = ["weights", "engine_ran", "attention_ran", "batch_size", "device"]
+    for (weights, engine, kernel, size, _), group in ok.groupby(keys):
+        names = tuple(sorted(group.variant.unique()))
         if len(names) > 1:
-            notes.append(
-                f"{' and '.join(names)} ran the same attention kernel ({kernel}, "
-                f"{weights} weights): they cannot be compared, a difference between "
-                "them is noise, not attention."
-            )
+            alike.setdefault((names, engine, weights, kernel), set()).add(size)
+    notes = []
+    for (names, engine, weights, kernel), sizes in alike.items():
+        known = set(ok[ok.variant.isin(names)].batch_size)
+        where = f" at batch {', '.join(map(str, sorted(sizes)))}"
+        notes.append(
+            f"{' and '.join(names)} ran the same engine ({engine}) and attention "
+            f"kernel ({kernel}, {weights} weights){'' if sizes == known else where}: "
+            "they cannot be compared, a difference between them is noise."
+        )
     return notes
 
 

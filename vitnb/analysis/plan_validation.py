@@ -12,6 +12,10 @@ from vitnb import statistics
 # A plan should cut at least this share of uniform NF4's KL, and beat every random plan.
 TARGET = 0.25
 
+# A plan that is itself drawn at random beats n others by chance in 1 of n + 1 cases:
+# fewer than these prove nothing, even if all are beaten.
+FEWEST_RANDOM = 20
+
 # Names of the choices that no budget made.
 NF4, INT8 = "uniform NF4", "uniform int8"
 BF16, ENDS = "16 bits everywhere", "first and last in 16 bits"
@@ -118,6 +122,11 @@ def describe_plan(record: dict) -> str:
         f"bytes ({result['beyond_noise']} beyond noise; the best of them cuts "
         f"{result['best_random']:.1%})."
     )
+    if result["random"] < FEWEST_RANDOM:
+        measured += (
+            f" So few random plans cannot tell a plan from luck: {FEWEST_RANDOM} or "
+            "more can."
+        )
     target = f"At least {TARGET:.0%} and every random plan were asked for"
     if result["met"]:
         return f"{measured} {target}: met."
@@ -136,27 +145,3 @@ def describe_kept(record: dict) -> str:
     return "; ".join(
         f"in {bits} bits: {', '.join(parts)}" for bits, parts in names.items() if parts
     )
-
-
-def current_plans(
-    records: list[dict], finetuned: dict | None
-) -> tuple[list[dict], list[dict]]:
-    """Separate the plans of the newest fine-tuning from older plans.
-
-    Args:
-        records: of a study, of all kinds.
-        finetuned: the finetune record, if there is one.
-
-    Returns:
-        (plan records of the newest fine-tuning, plans of another fine-tuning).
-    """
-    current, old = [], []
-    for record in records:
-        if record["notebook"] != "plan" or record["status"] != "ok":
-            continue
-        made_from = record["plan"]["merged_sha256"]
-        if finetuned and finetuned["checkpoint_sha256"]["merged"] != made_from:
-            old.append(record["plan"])
-        else:
-            current.append(record)
-    return current, old

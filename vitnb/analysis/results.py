@@ -10,10 +10,11 @@ import pandas as pd
 from vitnb import variants
 from vitnb.analysis import (
     accuracy,
+    ceilings,
     claims,
     comparison,
     learning,
-    plan_validation,
+    provenance,
     sensitivity,
     summary,
 )
@@ -30,20 +31,26 @@ class Results:
     study: Study
     records: list[dict]  # all of them, oldest first
 
-    # Records by what they hold.
-    evaluated: list[dict]  # of the newest fine-tuning
+    outdated: dict[str, str]  # {record: why it does not belong to the others}
+    notes: list[str]  # on mixtures of code and packages
+    device: str  # that verdicts are about
+
+    # Records by what they hold, without the outdated ones.
+    evaluated: list[dict]
+    evaluated_here: list[dict]  # on ``device``
     finetuned: dict | None
     inferred: dict | None
     compared: dict | None
     ablated: dict | None
     pretrained: dict | None
     waterfall: dict | None
-    plans: list[dict]  # of the newest fine-tuning
+    plans: list[dict]
     old_plans: list[dict]  # of another fine-tuning: their ``plan`` entries
 
     # Tables and sentences.
     answer: list[str]  # two sentences; see ``comparison.describe_answer``
     summary: pd.DataFrame
+    summary_here: pd.DataFrame  # rows of ``device``
     pairs: pd.DataFrame  # ratios of all pairs
     ratios: pd.DataFrame  # to the baseline
     times: pd.DataFrame
@@ -54,6 +61,7 @@ class Results:
     effects: pd.DataFrame | None
     claims: pd.DataFrame
     verdicts: pd.DataFrame
+    ceilings: pd.DataFrame  # of the machines; see ``ceilings.ceilings_table``
 
     @property
     def newest(self) -> dict:
@@ -64,11 +72,6 @@ class Results:
     def split(self) -> str:
         """The split that accuracy is measured on."""
         return next((record.get("split", "test") for record in self.evaluated), "test")
-
-    @property
-    def rooflines(self) -> dict[str, dict]:
-        """The ceilings of the machine by computing type, of the newest record each."""
-        return {record["dtype"]: record["roofline"] for record in self.evaluated}
 
     @property
     def widths(self) -> list[int]:
@@ -117,30 +120,42 @@ def collect(study: Study) -> Results:
             f"study '{study.name}' has no evaluate records: "
             f"run 'python -m vitnb study {study.typed}' first"
         )
-    current = set(table[table.status == "ok"].record)
-    evaluated = [record for record in records if record["name"] in current]
-    finetuned, compared = _named(records, "finetune"), _named(records, "compare")
-    ablated = _newest_ablation(records)
-    plans, old_plans = plan_validation.current_plans(records, finetuned)
+    outdated = provenance.outdated_reasons(records)
+    current = [record for record in records if record["name"] not in outdated]
+    device = provenance.main_device(current)
+    evaluated = _evaluated(current, table)
+    here = [one for one in evaluated if provenance.device_name(one) == device]
+    own_rows = table[table.device == device]
+    finetuned = provenance.newest(current, "finetune")
+    compared = provenance.comparison_record(current)
+    ablated = provenance.newest(current, "ablate")  # by Linear holds layers, too
     pairs, ratios, times = _comparison_tables(compared)
-    answers = accuracy.paired_comparison(evaluated, compared)
-    recommendations = comparison.recommend(table, ratios, answers)
-    classes_of, classes = _worst_classes(evaluated, finetuned, recommendations)
-    measured = claims.measured_claims(table, pairs, answers, ablated)
+    answers = accuracy.compare_devices(evaluated, compared)
+    own_answers = answers[answers.device == device]
+    recommendations = comparison.recommend(own_rows, ratios, own_answers)
+    classes_of, classes = _worst_classes(here, finetuned, recommendations)
+    measured = claims.measured_claims(own_rows, pairs, own_answers, ablated)
+    answer = comparison.describe_answer(recommendations, own_rows, ratios, own_answers)
+    named = summary.named_results([*_others(current), *here])
     return Results(
         study=study,
         records=records,
+        outdated=outdated,
+        notes=provenance.code_notes([r for r in current if r["status"] == "ok"]),
+        device=device,
         evaluated=evaluated,
+        evaluated_here=here,
         finetuned=finetuned,
-        inferred=_named(records, "infer"),
+        inferred=_named(current, "infer"),
         compared=compared,
         ablated=ablated,
-        pretrained=_named(records, "pretrain"),
-        waterfall=_named(records, "waterfall"),
-        plans=plans,
-        old_plans=old_plans,
-        answer=comparison.describe_answer(recommendations, table, ratios, answers),
+        pretrained=provenance.newest(current, "pretrain"),
+        waterfall=provenance.newest(current, "waterfall"),
+        plans=[r for r in current if r["notebook"] == "plan" and r["status"] == "ok"],
+        old_plans=[r["plan"] for r in records if r["name"] in outdated and "plan" in r],
+        answer=answer,
         summary=table,
+        summary_here=own_rows,
         pairs=pairs,
         ratios=ratios,
         times=times,
@@ -150,24 +165,26 @@ def collect(study: Study) -> Results:
         classes=classes,
         effects=sensitivity.part_effects(ablated["rows"]) if ablated else None,
         claims=claims.claim_verdicts(measured),
-        verdicts=summary.expectation_verdicts(study, summary.named_results(records)),
+        verdicts=summary.expectation_verdicts(study, named),
+        ceilings=ceilings.ceilings_table(ceilings.study_ceilings(records)),
     )
+
+
+def _evaluated(current: list[dict], table: pd.DataFrame) -> list[dict]:
+    """Return the evaluate records whose rows stand in the summary, oldest first."""
+    shown = set(table[table.status == "ok"].record)
+    return [record for record in current if record["name"] in shown]
+
+
+def _others(current: list[dict]) -> list[dict]:
+    """Return the records of all notebooks but evaluate."""
+    return [record for record in current if record["notebook"] != "evaluate"]
 
 
 def _named(records: list[dict], name: str) -> dict | None:
     """Return the record of this name, if it succeeded."""
-    record = summary.find_record(records, name)
-    return record if record and record["status"] == "ok" else None
-
-
-def _newest_ablation(records: list[dict]) -> dict | None:
-    """Return the newest ablation, by layer or by Linear (which holds layers, too)."""
-    ablations = [
-        record
-        for record in records
-        if record["notebook"] == "ablate" and record["status"] == "ok"
-    ]
-    return ablations[-1] if ablations else None
+    found = next((record for record in records if record["name"] == name), None)
+    return found if found and found["status"] == "ok" else None
 
 
 def _comparison_tables(

@@ -9,13 +9,11 @@ images; here both claims are tested on the KL of the same images.
 
 from itertools import combinations
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from vitnb import statistics
-from vitnb.records.files import write_file
 
 ONLY = "all but "  # prefix of a configuration that quantizes one part alone
 OUTSIDE = "outside "  # prefix of a Linear that lies in no block
@@ -23,6 +21,9 @@ RAW = ("predicted", "kl_by_image")  # values of a row by image
 NOISE = "no effect beyond noise"
 
 LATE_SHARE = 6  # the last sixth is late: layers 20 to 23 of 24
+# Keeping two layers that saves a smaller share of the KL, to the end of its interval,
+# has no effect worth keeping them for.
+NEGLIGIBLE = 0.1
 MAX_SETS = 20_000  # sets of layers to compare; beyond, as many are drawn at random
 
 # --- Effects of parts ---
@@ -99,12 +100,6 @@ def sensitivity_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).drop(columns=list(RAW))
 
 
-def write_sensitivity_csv(rows: list[dict], path: Path) -> Path:
-    """Write ``sensitivity_table`` as CSV, whole or not at all."""
-    write_file(path, sensitivity_table(rows).to_csv(index=False, lineterminator="\n"))
-    return path
-
-
 # --- Claims about depth ---
 
 
@@ -136,7 +131,8 @@ def late_layers(rows: list[dict], bits: int) -> dict:
 
     Returns:
         bits, images, layers (their number), late (layer numbers), of_late and of_others
-        (nats saved by one layer), difference, low, high, as_large, verdict.
+        (nats saved by one layer), difference, low, high, as_large, least (the smallest
+        as_large that so few layers can give), verdict.
     """
     saved = _saved_by_layer(_kl_by_configuration(rows, bits))
     count, images = saved.shape
@@ -154,6 +150,7 @@ def late_layers(rows: list[dict], bits: int) -> dict:
         "low": low,
         "high": high,
         "as_large": _share_of_sets_as_large(means, number),
+        "least": 1 / comb(count, number),
         "images": images,
     }
     return result | {"verdict": _late_verdict(result)}
@@ -185,8 +182,14 @@ def _late_verdict(result: dict) -> str:
         )
     if result["low"] <= 0:
         return (
-            "the claim does not hold here: no difference beyond noise between late "
+            "the claim is not confirmed here: no difference beyond noise between late "
             "layers and the others"
+        )
+    if result["least"] > 1 - statistics.LEVEL:
+        return (
+            "late layers are more sensitive than the others on average, but "
+            f"{result['layers']} layers are too few to tell whether lateness is why: "
+            f"even the best of all sets would be one in {round(1 / result['least'])}"
         )
     if result["as_large"] <= 1 - statistics.LEVEL:
         return "the claim holds here: late layers are more sensitive than the others"
@@ -207,18 +210,24 @@ def first_and_last(rows: list[dict], bits: int) -> dict:
     kl = _kl_by_configuration(rows, bits)
     by_layer = _saved_by_layer(kl)
     saved, low, high = statistics.bootstrap_mean(kl["none"] - kl["first and last"])
+    whole = float(kl["none"].mean())
     verdict = "does not hold here: it matters"
     if high < 0:
         verdict = "does not hold here: it moves the answers further away"
+    elif low <= 0 and high <= NEGLIGIBLE * whole:
+        verdict = f"holds here: no effect beyond noise, at most {high / whole:.0%}"
     elif low <= 0:
-        verdict = "holds here: no effect beyond noise"
+        verdict = (
+            "cannot be judged here: no effect beyond noise, but the images are too few "
+            f"to exclude {high / whole:.0%}"
+        )
     others = float(2 * by_layer[1:-1].mean()) if len(by_layer) > 2 else 0.0
     return {
         "bits": bits,
         "saved": saved,
         "low": low,
         "high": high,
-        "share": saved / float(kl["none"].mean()),
+        "share": saved / whole,
         "two_others": others,
         "verdict": f"the claim {verdict}",
     }

@@ -4,7 +4,14 @@ import numpy as np
 import pandas as pd
 
 from vitnb import variants
-from vitnb.analysis import accuracy, latency, learning, performance, plan_validation
+from vitnb.analysis import (
+    accuracy,
+    ceilings,
+    latency,
+    learning,
+    plan_validation,
+    provenance,
+)
 from vitnb.records.files import MB
 from vitnb.records.reader import load_records
 from vitnb.study import Study
@@ -21,8 +28,10 @@ COLUMNS = [
     ),
     *("latency_samples", "host_p50_ms", "cold_p50_ms", "first_ms", "warm_up_stable"),
     *("throughput_ips", "tflops", "matmul_share", "roofline_share"),
+    "share_reason",
     *("disk_mb", "resident_mb", "scratch_mb", "peak_mb", "driver_peak_mb"),
     *("attention_time_ms", "total_time_ms", "idle_time_ms", "launches"),
+    "commit",
     "record",
 ]
 
@@ -40,19 +49,15 @@ def summarize_records(records: list[dict]) -> pd.DataFrame:
     Args:
         records: of a study, oldest first; of several for one row, the newest counts.
     """
-    training = with_plans(find_record(records, "finetune"), records)
+    outdated = provenance.outdated_reasons(records)
+    limits = ceilings.study_ceilings(records)
     rows = {}
     for record in records:
         if record["notebook"] == "evaluate":
-            for row in record_rows(record, training):
+            for row in record_rows(record, outdated.get(record["name"], ""), limits):
                 rows[row["variant"], row["batch_size"], row["device"]] = row
     ordered = sorted(rows.values(), key=_order)
     return pd.DataFrame(ordered, columns=COLUMNS)
-
-
-def find_record(records: list[dict], name: str) -> dict | None:
-    """Return the record of this name, failed or not; None without one."""
-    return next((record for record in records if record["name"] == name), None)
 
 
 def _order(row: dict) -> tuple:
@@ -60,79 +65,51 @@ def _order(row: dict) -> tuple:
     return variants.sort_key(variant), row["batch_size"], row["device"]
 
 
-def device_name(record: dict) -> str:
-    """Return the name of the device that a record was measured on."""
-    machine = record["machine"]
-    device = record.get("device") or record["asked"].get("device")
-    if not device:  # in old records
-        device = "cuda" if machine["gpu"] else "cpu"
-    return machine["gpu"] if device == "cuda" else machine["cpu"]
-
-
-def with_plans(training: dict | None, records: list[dict]) -> dict | None:
-    """Return the finetune record with the checksums of matching plans added."""
-    if not training or training["status"] != "ok":
-        return training
-    sums = dict(training["checkpoint_sha256"])
-    plans, _ = plan_validation.current_plans(records, training)
-    for record in plans:
-        sums[f"plan-{record['plan']['name']}"] = record["checkpoint_sha256"]
-    return training | {"checkpoint_sha256": sums}
-
-
-def stale_reason(record: dict, training: dict | None) -> str:
-    """Say why a record does not belong to the newest fine-tuning or plan.
-
-    Args:
-        training: see ``with_plans``.
-
-    Returns:
-        An empty text if the record belongs to them.
-    """
-    if record["status"] != "ok" or not training or training["status"] != "ok":
-        return ""
-    name = variants.parse(record["asked"]["variant"]).checkpoint
-    if record["checkpoint_sha256"] == training["checkpoint_sha256"].get(name):
-        return ""
-    made = "plan" if name.startswith("plan-") else "finetune"
-    return (
-        f"measured on another checkpoint than the newest {made} record made: "
-        "measure it again"
-    )
-
-
-def record_rows(record: dict, training: dict | None = None) -> list[dict]:
+def record_rows(
+    record: dict,
+    outdated: str = "",
+    limits: dict[ceilings.Machine, dict[str, ceilings.Ceiling]] | None = None,
+) -> list[dict]:
     """Return the rows of one evaluate record, one for each batch size.
 
-    Rows of a failed or stale record hold a reason and no numbers.
+    Rows of a failed or outdated record hold a reason and no numbers.
 
     Args:
-        training: see ``with_plans``; a record of another checkpoint is stale.
+        outdated: why the record does not belong to the study's others; see
+            ``provenance.outdated_reasons``.
+        limits: see ``ceilings.study_ceilings``; shares are blank without.
     """
-    stale = stale_reason(record, training)
     variant = variants.parse(record["asked"]["variant"])
     row = {
         "variant": variant.name,
         "weights": variant.weights,
         "attention": variant.attention,
         "engine": variant.engine,
-        "device": device_name(record),
-        "status": "stale" if stale else record["status"],
-        "reason": stale or record["reason"],
+        "device": provenance.device_name(record),
+        "status": "outdated" if outdated else record["status"],
+        "reason": outdated or record["reason"],
+        "commit": record["machine"]["commit"],
         "record": record["name"],
     }
     if row["status"] != "ok":
         return [row | {"batch_size": size} for size in record["asked"]["batch_sizes"]]
     row |= _model_columns(record)
-    parts = zip(record["timings"], record["traces"], record["memory"], strict=True)
+    own_limits = (limits or {}).get(ceilings.machine_of(record), {})
+    traces, memory = _by_batch_size(record["traces"]), _by_batch_size(record["memory"])
     return [
         row
+        | _engine_columns(record, timing["batch_size"])
         | _timing_columns(timing)
-        | _trace_columns(trace)
-        | _memory_columns(peaks)
-        | _roofline_columns(record, timing)
-        for timing, trace, peaks in parts
+        | _trace_columns(traces[timing["batch_size"]])
+        | _memory_columns(memory[timing["batch_size"]])
+        | _roofline_columns(record, timing, own_limits)
+        for timing in record["timings"]
     ]
+
+
+def _by_batch_size(parts: list[dict]) -> dict[int, dict]:
+    """Return parts of a record by their batch size, in whichever order they stand."""
+    return {part["batch_size"]: part for part in parts}
 
 
 def _model_columns(record: dict) -> dict:
@@ -146,10 +123,16 @@ def _model_columns(record: dict) -> dict:
         "linears_kept": record["linears_kept"],
         "disk_mb": record["disk_bytes"] / MB,
         "resident_mb": record["resident_bytes"] / MB,
-        # Records made before there were engines have none.
-        "scratch_mb": record.get("scratch_bytes", 0) / MB,
-        "engine_ran": record.get("engine_ran", "eager"),
-        "reason": record.get("engine_reason", ""),
+        "scratch_mb": record["scratch_bytes"] / MB,
+    }
+
+
+def _engine_columns(record: dict, batch_size: int) -> dict:
+    """Return the engine that ran a batch size, and why if it was not asked for."""
+    size = str(batch_size)
+    return {
+        "engine_ran": record["engine_ran"][size],
+        "reason": record["engine_reason"].get(size, ""),
     }
 
 
@@ -188,11 +171,10 @@ def _memory_columns(peaks: dict) -> dict:
     }
 
 
-def _roofline_columns(record: dict, timing: dict) -> dict:
-    median_ms = float(np.median(latency.device_samples(timing)))
-    return performance.roofline_shares(
-        record["roofline"], record["resident_bytes"], timing["batch_size"], median_ms
-    )
+def _roofline_columns(
+    record: dict, timing: dict, limits: dict[str, ceilings.Ceiling]
+) -> dict:
+    return ceilings.roofline_shares(ceilings.forward_of(record, timing), limits)
 
 
 # --- Named results and what a study expects of them ---

@@ -13,6 +13,7 @@ SUMMARY = {
     "variant": ("variant", "{}"),
     "batch_size": ("batch", "{:.0f}"),
     "attention_ran": ("attention that ran", "{}"),
+    "engine_ran": ("engine that ran", "{}"),
     "top1": ("top-1", "{:.4f}"),
     "top5": ("top-5", "{:.4f}"),
     "f1": ("F1", "{:.4f}"),
@@ -26,6 +27,8 @@ SUMMARY = {
     "throughput_ips": ("images/s", "{:.1f}"),
     "tflops": ("TFLOP/s", "{:.3f}"),
     "matmul_share": ("of product peak", "{:.0%}"),
+    "roofline_share": ("of roofline", "{:.0%}"),
+    "share_reason": ("no share because", "{}"),
     "disk_mb": ("disk MB", "{:.2f}"),
     "resident_mb": ("resident MB", "{:.2f}"),
     "peak_mb": ("allocator peak MB", "{:.2f}"),
@@ -75,7 +78,8 @@ def format_summary(table: pd.DataFrame) -> pd.DataFrame:
     if table.device.nunique() > 1:
         columns = {"device": list(table.device)} | columns
     frame = pd.DataFrame(columns)
-    return frame.drop(columns="reason") if (frame.reason == "").all() else frame
+    reasons = [SUMMARY[name][0] for name in ("share_reason", "reason")]
+    return frame.drop(columns=[name for name in reasons if (frame[name] == "").all()])
 
 
 def main_columns(formatted: pd.DataFrame) -> pd.DataFrame:
@@ -89,12 +93,14 @@ def other_columns(formatted: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_accuracy(compared: pd.DataFrame) -> pd.DataFrame:
-    """Format ``analysis.accuracy.paired_comparison``."""
+    """Format ``analysis.accuracy.compare_devices``."""
+    several = compared.device.nunique() > 1
     lines = []
     for row in compared.itertuples():
         points = format_interval(row.points, row.points_low, row.points_high, "+.2f")
         lines.append(
-            {
+            ({"device": row.device} if several else {})
+            | {
                 "variant": row.variant,
                 "top-1": format_interval(row.top1, row.low, row.high, ".4f"),
                 "points (95%)": points,
@@ -159,6 +165,7 @@ def format_ratios(ratios: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
             {
                 "variant": row.variant,
                 "batch": row.batch_size,
+                "engine that ran": format_value(own.engine_ran, "{}"),
                 "p50 ms": format_interval(own.p50_ms, own.low, own.high, ".3f"),
                 "time over fp32-sdpa": format_interval(
                     row.ratio, row.low, row.high, ".3f"
@@ -205,7 +212,7 @@ def format_waterfall(table: pd.DataFrame) -> pd.DataFrame:
                 "variant": row.variant,
                 "p50 ms": format_value(row.p50_ms, "{:.3f}"),
                 "gain": gain,
-                "in words": waterfall.gain_verdict(row),
+                "in words": waterfall.describe_gain(row),
                 "over the first": format_value(row.total_gain, "{:.2f}x"),
                 "KL (95%)": format_interval(row.kl, row.kl_low, row.kl_high, ".2g"),
                 "changed": format_value(row.changed, "{:.1%}"),

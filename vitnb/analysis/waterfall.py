@@ -18,6 +18,9 @@ COLUMNS = [
     *("resident_mb", "scratch_mb", "engine_ran", "reason"),
 ]
 
+FASTER, SLOWER = "faster", "slower"
+NO_DIFFERENCE, TOO_FEW = "no difference", "too few rounds"
+
 # Each technique, described for readers of the report.
 TECHNIQUE_NOTES = {
     "fp32, operator by operator": "full precision (TensorFloat-32 off), every operator "
@@ -57,7 +60,8 @@ def waterfall_table(record: dict) -> pd.DataFrame:
 
     Returns:
         Columns COLUMNS. ``gain``: time of ``over``, the last step before this one that
-        ran, divided by this step's time, with the interval at statistics.PAIR_LEVEL.
+        ran, divided by this step's time, with the interval at statistics.PAIR_LEVEL,
+        which holds the noise of the rounds and no difference between processes.
         ``total_gain``: the gain over the ladder's first step. ``kl``: mean divergence
         in nats from the baseline's answers, with its 95% interval. ``changed``: share
         of images with another first class, 0 to 1.
@@ -86,6 +90,8 @@ def _ladder_rows(record: dict, ladder: str, steps: list[dict], size: str) -> lis
         if name in costs:
             row |= _costs(costs[name], baseline)
         if name in blocks:
+            row["engine_ran"] = costs[name]["engine_ran"][size]
+            row["reason"] = costs[name]["engine_reason"].get(size, "")
             row["p50_ms"] = float(np.median(np.concatenate(blocks[name])))
             if before:
                 row |= _gain(blocks[before], blocks[name], GAIN) | {"over": before}
@@ -111,8 +117,6 @@ def _costs(step: dict, baseline: dict) -> dict[str, object]:
     row = {
         "resident_mb": step["resident_bytes"] / MB,
         "scratch_mb": step["scratch_bytes"] / MB,
-        "engine_ran": step["engine_ran"],
-        "reason": step["engine_reason"],
     }
     if "kl_by_image" in step:
         row |= dict(
@@ -124,12 +128,25 @@ def _costs(step: dict, baseline: dict) -> dict[str, object]:
 
 
 def gain_verdict(row) -> str:
-    """Classify a row's gain: ``faster``, ``slower`` or ``no difference``.
+    """Classify a row's gain: FASTER, SLOWER, NO_DIFFERENCE or TOO_FEW.
+
+    All steps run in one process. Another process would place them elsewhere in memory,
+    so a gain within statistics.SINGLE_MARGIN is no difference.
 
     A row without a step before it has no verdict: an empty text.
     """
     if pd.isna(row.gain):
         return ""
-    if not statistics.outside_margin(row.gain_low, row.gain_high):
-        return "no difference"
-    return "faster" if row.gain > 1 else "slower"
+    if not row.gain_low:  # no interval of so few rounds can exclude anything
+        return TOO_FEW
+    if not statistics.outside_margin(row.gain_low, row.gain_high, df=0):
+        return NO_DIFFERENCE
+    return FASTER if row.gain > 1 else SLOWER
+
+
+def describe_gain(row) -> str:
+    """Describe a row's verdict in full, see ``gain_verdict``."""
+    verdict = gain_verdict(row)
+    if verdict == NO_DIFFERENCE:
+        return "no difference beyond what one process can show"
+    return verdict

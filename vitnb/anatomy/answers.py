@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig
 
 from vitnb.anatomy.bench import Bench
 from vitnb.anatomy.case import Case
 from vitnb.data import dataset
+from vitnb.models import checkpoints
 from vitnb.models.layers import transformer_blocks
 from vitnb.training import lora
 
@@ -196,7 +196,7 @@ def folder_numbers(bench: Bench) -> Case:
         meant = [name_of[number] for number in order]
         config = type(bench.model.config)(id2label=dict(enumerate(meant)))
         config.save_pretrained(folder)
-        travelled = AutoConfig.from_pretrained(folder).id2label
+        travelled = checkpoints.read_config(folder).id2label
     by_number = [name_of.get(str(index)) for index in range(len(order))]
     wrong = sum(a == b for a, b in zip(by_number, meant, strict=True))
     return Case(

@@ -17,13 +17,12 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
-from transformers import AutoModelForImageClassification
 
 from vitnb import devices, variants
 from vitnb.data import dataset
 from vitnb.data.images import read_image
 from vitnb.data.splits import SPLITS, Split, load_split
-from vitnb.models import checkpoints, layers, loader, pretrained, quantization
+from vitnb.models import checkpoints, layers, loader, nf4, pretrained, quantization
 from vitnb.study import Study, load_study
 
 BATCH_SIZE = 128
@@ -182,7 +181,7 @@ class Bench:
         kept = quantization.modules_to_skip(self.model)
         for weights in ("nf4", "int8"):
             small = _quantized(folders["fp32"], weights, kept, self.device)
-            quantization.disable_cpu_packing(small).save_pretrained(folders[weights])
+            nf4.disable_cpu_packing(small).save_pretrained(folders[weights])
         for folder in folders.values():
             self.processor.save_pretrained(folder)
         return folders
@@ -210,7 +209,7 @@ def _quantized(
     Weights that are not quantized are in 16 bits, as in every export.
     """
     half = devices.half_dtype(on)
-    return AutoModelForImageClassification.from_pretrained(
+    return checkpoints.read_model(
         folder,
         dtype=half,
         quantization_config=quantization.bnb_config(weights, kept, half),

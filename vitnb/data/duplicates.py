@@ -67,10 +67,8 @@ def describe_duplicates(found: dict) -> str:
         f"{count} in {pair}" for pair, count in found["in_two_splits"].items() if count
     )
     examples = ", ".join(f"{a} = {b}" for a, b in found["examples"])
-    return (
-        f"warning: the same picture in two splits, compared {by}: {counts}; "
-        f"such as {examples}"
-    )
+    told = f"warning: the same picture in two splits, compared {by}: {counts}"
+    return f"{told}; such as {examples}" if examples else told
 
 
 def _group_equal(

@@ -10,7 +10,7 @@ Classes*, ICVGIP 2008. https://www.robots.ox.ac.uk/~vgg/data/flowers/102/
 
 import hashlib
 import http.client
-import shutil
+import re
 import ssl
 import tarfile
 import time
@@ -23,11 +23,12 @@ import numpy as np
 from scipy.io import loadmat
 
 from vitnb.errors import UserError, one_line, suggest
-from vitnb.records.files import MB
+from vitnb.records.files import MB, new_folder
 
 CHUNK = 2**20  # bytes read at once
 TELL_EVERY = 5.0  # seconds between lines of progress
 TRIES = 5  # attempts in a row that bring no byte, before giving up
+PICTURES = "the pictures of Flowers-102"  # see ``files.new_folder``
 PAUSE = 2.0  # seconds before the second attempt; later pauses are longer
 TIMEOUT = 30.0  # seconds without a byte
 
@@ -212,16 +213,31 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
+def _is_unfinished(folder: Path) -> bool:
+    """Tell whether an older version has left a folder while it unpacked."""
+    return all(re.fullmatch(r"image_\d+\.jpg", path.name) for path in folder.iterdir())
+
+
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack ``jpg/``, after removing an unfinished one.
+    """Unpack ``jpg/`` whole or not at all; it replaces an unfinished one.
 
     The filter refuses files and links outside of the folder.
     """
-    shutil.rmtree(folder / "jpg", ignore_errors=True)
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            "unpacking needs the filter that tarfile has since Python 3.11.4: "
+            "take a newer Python"
+        )
     print(f"unpacking {archive.name}", flush=True)
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+        with (
+            new_folder(folder / "jpg", PICTURES, is_own=_is_unfinished) as part,
+            tarfile.open(archive) as tar,
+        ):
+            tar.extractall(part, filter="data")
+            for path in (part / "jpg").iterdir():
+                path.rename(part / path.name)
+            (part / "jpg").rmdir()
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{archive} cannot be unpacked ({one_line(error)}): "

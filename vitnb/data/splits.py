@@ -3,11 +3,13 @@
 A split is a list of paths and labels: nothing is read here, and no PyTorch is loaded.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitnb.data import folders
 from vitnb.errors import UserError
+from vitnb.records.files import digest_files
 from vitnb.study import ROOT, Study
 
 SPLITS = ("train", "valid", "test")
@@ -32,6 +34,21 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def as_dependency(self) -> dict[str, dict[str, str]]:
+        """Return what an identity holds of this split, see ``records.identity``.
+
+        The digest is of the files' bytes, their order, and their labels. A file that
+        cannot be read counts by its name: whoever decodes it says what is wrong.
+        """
+        readable, others = [], []
+        for path in self.paths:
+            if os.access(path, os.R_OK):
+                readable.append(path)
+            else:
+                others.append(path.name)
+        digest = digest_files(readable, self.labels, self.class_names, others)
+        return {"data": {self.name: digest}}
 
     def subsample(self, most: int) -> "Split":
         """Return at most ``most`` images, evenly spread over the split.

@@ -7,13 +7,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vitnb import variants
-from vitnb.analysis.waterfall import gain_verdict, waterfall_table
+from vitnb.analysis.waterfall import TOO_FEW, gain_verdict, waterfall_table
 
 # Colour by verdict on the gain; a first row has no verdict.
 COLOURS = {
     "faster": "#0173b2",
     "no difference": "0.6",
     "slower": "#d55e00",
+    TOO_FEW: "0.85",
     "": "0.35",
 }
 ROW_INCHES = 0.29

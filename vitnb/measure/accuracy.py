@@ -7,10 +7,14 @@ import numpy as np
 import torch
 
 from vitnb import variants
+from vitnb.analysis import provenance
 from vitnb.data import dataset
 from vitnb.data.splits import Split
 from vitnb.errors import UserError
+from vitnb.models.engines import check_finite
 from vitnb.models.loader import LoadedVariant
+from vitnb.records.files import array_digest
+from vitnb.records.identity import Identity
 from vitnb.records.reader import load_records
 from vitnb.study import Study
 
@@ -20,14 +24,18 @@ BATCH_SIZE = 64
 def compute_logits(
     loaded: LoadedVariant, split: Split, batch_size: int = BATCH_SIZE
 ) -> torch.Tensor:
-    """Return the logits of every image, float32 [images, classes], in split order."""
+    """Return the logits of every image, float32 [images, classes], in split order.
+
+    Raises VariantError if logits are not finite.
+    """
     pixels_of_split = dataset.PixelDataset(split, loaded.processor)
     logits = []
-    with loaded.inference() as model:
-        for pixels, _ in dataset.make_batches(pixels_of_split, batch_size):
+    # Images are read outside of the block: one that cannot be read fails no variant.
+    for pixels, _ in dataset.make_batches(pixels_of_split, batch_size):
+        with loaded.inference() as model:
             output = model(pixel_values=loaded.prepare(pixels))
             logits.append(output.logits.float().cpu())
-    return torch.cat(logits)
+    return check_finite(torch.cat(logits))
 
 
 def predict(loaded: LoadedVariant, split: Split) -> tuple[dict[str, list], np.ndarray]:
@@ -76,18 +84,37 @@ def round_significant(values: torch.Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
-def load_logits(study: Study) -> dict[str, torch.Tensor]:
+def load_logits(study: Study, identity: Identity) -> dict[str, torch.Tensor]:
     """Load the logits that evaluate has stored, {variant: float32 [images, classes]}.
 
-    Runs with a batch size of their own are left out.
+    Logits of other checkpoints, images or devices than those of ``identity`` are left
+    out. So are runs with a batch size of their own, arrays that their records do not
+    know, and logits of older records that are not finite.
     """
+    records = load_records(study)
+    outdated = provenance.outdated_reasons(records)
     logits = {}
-    for record in load_records(study):
-        evaluated = record["notebook"] == "evaluate" and record["status"] == "ok"
-        if evaluated and not record["asked"].get("batch_size"):
-            array = np.load(study.outputs / record["logits"])
+    for record in records:
+        own_size = record["asked"].get("batch_size")
+        if record["notebook"] != "evaluate" or record["status"] != "ok" or own_size:
+            continue
+        if record["name"] in outdated or not _is_of(record, identity):
+            continue
+        array = np.load(study.outputs / record["logits"])
+        known = record["arrays"].get(record["logits"])
+        if known in (None, array_digest(array)) and np.isfinite(array).all():
             logits[record["asked"]["variant"]] = torch.from_numpy(array)
     return logits
+
+
+def _is_of(record: dict, identity: Identity) -> bool:
+    """Tell whether a record's answers are of an identity's models and device."""
+    measured = record["identity"]
+    same_models = all(
+        identity.checkpoints.get(name, sums) == sums
+        for name, sums in measured["checkpoints"].items()
+    )
+    return same_models and measured["device"] == identity.device
 
 
 def kl_to_baseline(logits: dict[str, torch.Tensor]) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vitnb import devices, variants
 from vitnb.analysis import comparison
+from vitnb.data.splits import load_split
 from vitnb.errors import UserError, VariantError
 from vitnb.measure import accuracy
 from vitnb.measure.external import load_external_variant
@@ -25,7 +26,7 @@ from vitnb.measure.interleaving import (
 from vitnb.measure.worker import WorkerProcess, load_local_variant
 from vitnb.models import checkpoints
 from vitnb.records import run as records_run
-from vitnb.records.files import write_file
+from vitnb.records.identity import Checkpoints
 from vitnb.records.resume import ResumeCache
 from vitnb.records.run import Run
 from vitnb.study import Study
@@ -90,28 +91,89 @@ def first_forwards(
 
 
 def compare_batch_size(
-    workers: Workers, batch_size: int, study: Study, report: Report
+    workers: Workers,
+    batch_size: int,
+    study: Study,
+    report: Report,
+    described: dict[str, dict],
+    unloaded: dict[str, str],
 ) -> dict:
     """Compare all variants at one batch size.
 
+    Args:
+        described, unloaded: what ``load_all`` returned. They are kept with the times: a
+            comparison that goes on later loads anew, and another variant may fail.
+
     Returns:
-        warm_up, blocks_ms, failed: by variant, see ``measure_comparison``.
+        warm_up, blocks_ms, turns, failed: by variant; ended: a text; see
+        ``measure_comparison``.
+        described, unloaded: as given.
     """
     failed: dict[str, str] = {}
     first_forwards(workers, batch_size, failed, report)
     ready = {name: workers[name] for name in workers if name not in failed}
     warmed = warm_up_workers(ready, batch_size, failed)
+    warmed = drop_mixed_engines(warmed, failed)
     ready = {name: workers[name] for name in warmed}
-    blocks = time_interleaved(ready, batch_size, study.compare, study.seed, failed)
+    done = time_interleaved(ready, batch_size, study.compare, study.seed, failed)
     for name, reason in failed.items():
         report(f"batch {batch_size}: {name} failed: {reason}")
-    rounds = len(next(iter(blocks.values()), []))
-    report(f"batch {batch_size}: {len(blocks)} side by side, {rounds} rounds")
+    rounds = len(next(iter(done.blocks.values()), []))
+    together = f"{len(done.blocks)} side by side, {rounds} rounds, ended {done.ended}"
+    report(f"batch {batch_size}: {together}")
     return {
         "warm_up": {name: answers[0] for name, answers in warmed.items()},
-        "blocks_ms": blocks,
+        "blocks_ms": done.blocks,
+        "turns": done.turns,
+        "ended": done.ended,
         "failed": failed,
+        "described": described,
+        "unloaded": unloaded,
     }
+
+
+def drop_mixed_engines(
+    warmed: dict[str, list[dict]], failed: dict[str, str]
+) -> dict[str, list[dict]]:
+    """Leave out variants whose processes run different engines.
+
+    Their times would be those of no engine. ``failed`` gains the reasons.
+
+    Args:
+        warmed: {variant: what each of its processes says}.
+    """
+    alike = {}
+    for name, answers in warmed.items():
+        engines = {answer.get("engine_ran") for answer in answers}
+        if len(engines) == 1:
+            alike[name] = answers
+            continue
+        reasons = " ".join(answer["engine_reason"] for answer in answers).strip()
+        ran = " and ".join(sorted(engines))
+        failed[name] = f"its processes ran different engines, {ran}: {reasons}"
+    return alike
+
+
+def gather_failures(by_size: dict[int, dict]) -> dict[str, str]:
+    """Return why variants are missing, of all batch sizes together.
+
+    Args:
+        by_size: {batch size: what ``compare_batch_size`` returned}.
+
+    Returns:
+        {variant that could not be loaded for any batch size, or "variant at batch
+        size": reason}.
+    """
+    failed: dict[str, str] = {}
+    for name in by_size[max(by_size)]["unloaded"]:
+        reasons = [measured["unloaded"].get(name) for measured in by_size.values()]
+        if all(reasons):
+            failed[name] = reasons[-1]
+    for size, measured in by_size.items():
+        for name, reason in (measured["unloaded"] | measured["failed"]).items():
+            if name not in failed:
+                failed[f"{name} at batch {size}"] = reason
+    return failed
 
 
 def _progress_report() -> Report:
@@ -125,10 +187,16 @@ def _progress_report() -> Report:
     return report
 
 
-def _start_workers(study: Study, device: str | None, stack: ExitStack) -> Workers:
+def _start_workers(
+    study: Study,
+    device: str | None,
+    stack: ExitStack,
+    loads: dict[str, Callable] | None,
+) -> Workers:
     """Start the processes of every variant and external model; the stack ends them."""
-    loads = dict.fromkeys(study.variants, load_local_variant)
-    loads |= dict.fromkeys(study.peers, load_external_variant)
+    if loads is None:
+        loads = dict.fromkeys(study.variants, load_local_variant)
+        loads |= dict.fromkeys(study.peers, load_external_variant)
     workers: Workers = {name: [] for name in loads}
     for name, load in loads.items():
         for _ in range(study.compare.processes):
@@ -138,7 +206,11 @@ def _start_workers(study: Study, device: str | None, stack: ExitStack) -> Worker
 
 
 def measure_comparison(
-    study: Study, device: str | None = None, cache: ResumeCache | None = None
+    study: Study,
+    device: str | None = None,
+    cache: ResumeCache | None = None,
+    exports: Checkpoints | None = None,
+    loads: dict[str, Callable] | None = None,
 ) -> dict:
     """Compare all variants and external models of a study at all of its batch sizes.
 
@@ -147,9 +219,13 @@ def measure_comparison(
     Args:
         cache: stores each finished batch size, so that a killed comparison goes on with
             the next one; None: nothing is stored.
+        exports: the checkpoints that must be loaded; None: not checked.
+        loads: {variant: what makes it, see ``WorkerProcess``}; None: as the study says.
 
     Returns:
         blocks_ms: {batch size: {variant: [rounds][forwards] milliseconds}}.
+        turns: {batch size: {variant: [rounds] index of the process}}.
+        ended: {batch size: why there were no more rounds}.
         warm_up: {batch size: {variant: what its first process says, see
             ``LocalVariant.warm_up``}}.
         attention_launched: by variant.
@@ -160,17 +236,23 @@ def measure_comparison(
     report = _progress_report()
     by_size = {}
     with ExitStack() as stack:
-        workers = _start_workers(study, device, stack)
-        described, failed = load_all(workers, report)
-        workers = {name: workers[name] for name in workers if name not in failed}
+        workers = _start_workers(study, device, stack, loads)
+        described, unloaded = load_all(workers, report)
+        if exports:
+            check_unchanged(described, exports)
+        workers = {name: workers[name] for name in workers if name in described}
         for size in study.batch_sizes:
-            measure = partial(compare_batch_size, workers, size, study, report)
+            measure = partial(
+                *(compare_batch_size, workers, size, study, report),
+                *(described, unloaded),
+            )
             by_size[size] = cache.get(measure, batch_size=size)
-    for size, measured in by_size.items():
-        for name, reason in measured["failed"].items():
-            failed[f"{name} at batch {size}"] = reason
+    for measured in by_size.values():  # a batch size of an earlier run knows more
+        described = measured["described"] | described
     return {
         "blocks_ms": {str(size): one["blocks_ms"] for size, one in by_size.items()},
+        "turns": {str(size): one["turns"] for size, one in by_size.items()},
+        "ended": {str(size): one["ended"] for size, one in by_size.items()},
         "warm_up": {str(size): one["warm_up"] for size, one in by_size.items()},
         "attention_launched": {
             name: described[name]["attention_launched"]
@@ -178,7 +260,7 @@ def measure_comparison(
             if name in described
         },
         "peers": {name: described[name] for name in study.peers if name in described},
-        "failed": failed,
+        "failed": gather_failures(by_size),
     }
 
 
@@ -206,26 +288,47 @@ def resume_cache(run: Run) -> ResumeCache:
 
     Stored times are valid for one machine, one code and one set of exports.
     """
-    study, machine = run.study, run.record["machine"]
-    exports = {
+    return ResumeCache(
+        run.unfinished,
+        run.identity.times_key(),
+        asked=run.record["asked"],
+        budget=vars(run.study.compare),
+        seed=run.study.seed,
+    )
+
+
+def read_exports(study: Study) -> Checkpoints:
+    """Return the exports that a study's comparison loads, with their checksums."""
+    sums = {
         name: checkpoints.fingerprint(study.checkpoint(name))
         for name in needed_exports(study)
     }
-    identity = ("cpu", "gpu_uuid", "driver", "code_sha256")
-    return ResumeCache(
-        run.unfinished,
-        asked=run.record["asked"],
-        budget=vars(study.compare),
-        seed=study.seed,
-        checkpoints=exports,
-        machine=[machine[key] for key in identity],
-    )
+    return Checkpoints(sums)
+
+
+def check_unchanged(described: dict[str, dict], exports: Checkpoints) -> None:
+    """Check that the variants have loaded the exports that the times are stored under.
+
+    Args:
+        described: {variant: what it describes}.
+
+    Raises UserError if a checkpoint was replaced in between.
+    """
+    for name, about in described.items():
+        loaded = about.get("checkpoint_sha256")
+        export = variants.parse(name).checkpoint if loaded else ""
+        if loaded and loaded != exports.sums[export]:
+            raise UserError(
+                f"the checkpoint of {name} was replaced while it was loaded: "
+                "wait for the fine-tuning to end, and run it again"
+            )
 
 
 def compare_study(study: Study, device: str | None = None) -> Path:
     """Compare a study's variants and external models side by side.
 
-    Writes ``records/compare.json``, ``ratios.csv`` and ``times.csv``.
+    Writes ``records/compare.json``, ``ratios.csv`` and ``times.csv``. With a device in
+    their names, they stand beside those of another device.
 
     Returns:
         The path of the ratios.
@@ -242,18 +345,16 @@ def compare_study(study: Study, device: str | None = None) -> Path:
         peers=study.peers,
         device=device,
     )
-    measured = measure_comparison(study, device, resume_cache(run))
-    logits = accuracy.load_logits(study)
-    record = run.save(
+    exports = read_exports(study)
+    run.depend_on(exports, load_split(study, "test"))
+    measured = measure_comparison(study, device, resume_cache(run), exports)
+    logits = accuracy.load_logits(study, run.identity)
+    record = run.record | measured
+    run.save_table("times", comparison.time_table(record))
+    table = run.save_table("ratios", comparison.ratio_table(record))
+    run.save(
         **measured,
         answers=accuracy.kl_to_baseline(logits),
         engines=accuracy.engine_agreement(logits),
     )
-    tables = {
-        "ratios": comparison.ratio_table(record),
-        "times": comparison.time_table(record),
-    }
-    for name, table in tables.items():
-        content = table.to_csv(index=False, lineterminator="\n")
-        write_file(study.outputs / f"{name}.csv", content)
-    return study.outputs / "ratios.csv"
+    return study.outputs / table

@@ -22,7 +22,7 @@ from vitnb import devices, variants
 from vitnb.data.splits import Split
 from vitnb.errors import VariantError, one_line
 from vitnb.measure.worker import LocalVariant, load_local_variant
-from vitnb.models.engines import Engine
+from vitnb.models import engines
 from vitnb.models.loader import LoadedVariant
 from vitnb.study import Study
 
@@ -189,13 +189,15 @@ def check_agreement(
     return {"spread": spread, "agree": agree}
 
 
-class _ExternalEngine(Engine):
+class _ExternalEngine(engines.Engine):
     """An engine that passes pixels without a name, as timm's models take them.
 
     A model that cannot be compiled fails. Nothing stands in for it.
     """
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.shape not in self._ran:
+            self._keep(pixel_values.shape)
         return self.model(pixel_values)
 
 
@@ -216,11 +218,15 @@ def distinct_logits(
 
     Args:
         images: images of the split that the batch was taken from.
+
+    Raises:
+        VariantError: logits are not finite.
     """
     step = math.ceil(len(pixels) / images)
     with loaded.inference() as model:
         output = model(pixel_values=pixels)
-    return getattr(output, "logits", output)[::step].float().cpu()
+        logits = getattr(output, "logits", output)[::step].float().cpu()
+    return engines.check_finite(logits)
 
 
 class ExternalVariant(LocalVariant):
@@ -249,6 +255,17 @@ class ExternalVariant(LocalVariant):
         """Describe how far the logits are from the plain model's, and the packages."""
         packages = {name: version(name) for name in self.external.packages}
         return self.agreement | {"versions": packages}
+
+    def first_forward(self, batch_size: int) -> None:
+        """Compile for a batch size.
+
+        Raises:
+            VariantError: torch.compile leaves out a CUDA graph.
+        """
+        left_out = engines.count_graphs_left_out()
+        super().first_forward(batch_size)
+        if engines.count_graphs_left_out() > left_out:
+            raise VariantError("torch.compile left out a CUDA graph")
 
     def warm_up(self, batch_size: int) -> dict:
         """Warm up as a LocalVariant does, then compare the logits once more.
@@ -282,7 +299,7 @@ def load_external_variant(
     eager = replace(plain.loaded, model=model, engine=_ExternalEngine("compile", model))
     logits = distinct_logits(eager, plain.batch(CHECKED), images)
     agreement = check_agreement(logits, expected[CHECKED], external)
-    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    compiled = engines.compile_whole(model, mode="reduce-overhead")
     return ExternalVariant(
         replace(eager, engine=_ExternalEngine("compile", compiled)),
         plain.split,

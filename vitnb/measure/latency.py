@@ -1,12 +1,15 @@
 """Measure latency: the time of one forward at a stated batch size, as raw samples.
 
-Four times differ. ``first_ms`` is the first forward ever. ``host_ms`` lasts from the
-call until the device is done. ``device_ms`` is the device's own time by CUDA events.
-``cold_ms`` is the device's time with an empty cache. On a CPU, host and device are one.
+Four times differ. ``first_ms`` is the first forward at a batch size. ``host_ms`` lasts
+from the call until the device is done. ``device_ms`` is the device's own time by CUDA
+events. ``cold_ms`` is the device's time with an empty cache. On a CPU, host and device
+are one.
 """
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 from vitnb import devices
 from vitnb.data import dataset
 from vitnb.data.splits import Split
+from vitnb.models import engines
 from vitnb.models.loader import LoadedVariant
 from vitnb.records import machine
 from vitnb.study import Latency
@@ -44,6 +48,23 @@ def cache_flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
+@contextmanager
+def pause_garbage_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from running in a block.
+
+    It stops the process at moments that have nothing to do with the forward in which
+    they fall. Between blocks it runs as ever.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@pause_garbage_collection()
 def time_host(loaded: LoadedVariant, model, pixels: torch.Tensor) -> float:
     """Time one forward by the wall clock, in milliseconds.
 
@@ -56,6 +77,7 @@ def time_host(loaded: LoadedVariant, model, pixels: torch.Tensor) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+@pause_garbage_collection()
 def time_device(
     loaded: LoadedVariant,
     model,
@@ -172,7 +194,7 @@ def measure_latency(
 
     Returns:
         batch_size.
-        first_ms: the first forward ever.
+        first_ms: the first forward of this process at this batch size.
         warm_up: see there.
         host_ms, device_ms, cold_ms: raw samples in milliseconds, in order. device_ms is
             None on a CPU, where host_ms is the device's time. Only cold_ms has an empty
@@ -235,11 +257,17 @@ def _sample_times(
 def time_batch_sizes(
     loaded: LoadedVariant, split: Split, sizes: list[int], budget: Latency
 ) -> list[dict]:
-    """Time every batch size with images of a split, see ``measure_latency``."""
+    """Time every batch size with images of a split, see ``measure_latency``.
+
+    Raises VariantError if the logits of a batch size are not finite.
+    """
     timings = []
     for size in sizes:
         pixels = dataset.first_batch(split, loaded.processor, size)
         timings.append(measure_latency(loaded, pixels, budget))
+        with loaded.inference() as model:
+            output = model(pixel_values=loaded.prepare(pixels))
+            engines.check_finite(output.logits.float().cpu())
         count = len(timings[-1]["host_ms"])
         print(f"batch {size}: {count} forwards timed", flush=True)
     return timings

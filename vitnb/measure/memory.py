@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vitnb.devices import synchronize
+from vitnb.devices import free_memory, synchronize
 from vitnb.models.loader import LoadedVariant
 from vitnb.records import machine
 from vitnb.records.files import MB
@@ -42,15 +42,21 @@ def driver_bytes(device: torch.device) -> int:
 def peak_memory(
     loaded: LoadedVariant, pixels: torch.Tensor, before: int
 ) -> dict[str, int]:
-    """Measure the peaks of a process that has run nothing else, in three forwards.
+    """Measure the peaks of a process that runs nothing else, in three forwards.
+
+    The engine starts empty, and so does a GPU's allocator: graphs and cached blocks of
+    an earlier batch size would count. On a CPU the peak of the process never falls, so
+    smaller batch sizes must come first.
 
     Args:
-        pixels: a batch, ready on the device.
+        pixels: a batch, ready on the device, and the only one there.
         before: ``driver_bytes`` before the model was loaded.
 
     Returns:
         batch_size, resident_bytes, allocator_peak_bytes, driver_peak_bytes.
     """
+    loaded.engine.reset()
+    free_memory(loaded.device)
     measure = _peaks_on_gpu if loaded.device.type == "cuda" else _peaks_on_cpu
     with loaded.inference() as model:
         for _ in range(2):

@@ -156,29 +156,45 @@ def _outermost(events: list) -> list:
     ]
 
 
-def _timeline(events: list, on_gpu: bool) -> list[tuple[float, float]]:
+def _timeline(
+    events: list, on_gpu: bool
+) -> tuple[list[tuple[float, float]], float, float]:
     """Return (start, end) in milliseconds of every kernel, sorted.
 
     On a CPU these are the outermost operators.
+
+    Returns:
+        The intervals, and when the forward begins and ends. On a GPU that is the end of
+        the marker ahead and the start of the marker behind.
     """
-    # On a GPU, the first kernel only wakes the profiler.
-    busy = _on_device(events)[1:] if on_gpu else _outermost(events)
-    return sorted(_start_and_end(event) for event in busy)
+    if not on_gpu:
+        timeline = sorted(map(_start_and_end, _outermost(events)))
+        return timeline, timeline[0][0], timeline[-1][1]
+    # The first marker only wakes the profiler.
+    _, ahead, *kernels, behind = map(_start_and_end, _on_device(events))
+    return kernels, ahead[1], behind[0]
 
 
-def busy_and_idle(timeline: list[tuple[float, float]]) -> tuple[float, float]:
+def busy_and_idle(
+    timeline: list[tuple[float, float]],
+    begin: float | None = None,
+    end: float | None = None,
+) -> tuple[float, float]:
     """Return the time with at least one interval, and the sum of the gaps.
 
     Args:
-        timeline: intervals (start, end), sorted. Time counts from the first start to
-            the last end.
+        timeline: intervals (start, end), sorted.
+        begin: time counts from here; None: from the first start.
+        end: time counts up to here; None: to the last end.
     """
     busy = idle = 0.0
-    reached = timeline[0][0]
-    for begin, end in timeline:
-        idle += max(0.0, begin - reached)
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
+    reached = timeline[0][0] if begin is None else begin
+    for start, stop in timeline:
+        idle += max(0.0, start - reached)
+        busy += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    if end is not None:
+        idle += max(0.0, end - reached)
     return busy, idle
 
 
@@ -230,7 +246,7 @@ def _profile_median(
             model(pixel_values=pixels)
         # A replayed graph calls no modules, which could mark their parts. Asked after
         # the first forwards, in which an engine may fall back.
-        replays = loaded.engine.replays
+        replays = loaded.engine.replays(pixels.shape)
         with nullcontext() if replays else label_parts(loaded.model):
             traces = [profile_once(model, pixels) for _ in range(REPEATS)]
     return sorted(traces, key=lambda trace: trace[1])[REPEATS // 2]
@@ -274,7 +290,8 @@ def profile_forward(loaded: LoadedVariant, pixels: torch.Tensor) -> dict:
         parts_ms: time by part of the model and class, {part: {class: ms}}.
         operators_ms: own time of each kernel or operator by name, longest first.
         launches: number of kernels (on a CPU: of outermost operators).
-        busy_ms, idle_ms: the device's timeline; idle time is the sum of the gaps.
+        busy_ms, idle_ms: the device's timeline; idle time is the sum of the gaps, from
+            the begin of the forward to its end.
         latency_ms: latency of this forward, measured beside the trace.
 
     Raises:
@@ -289,10 +306,11 @@ def profile_forward(loaded: LoadedVariant, pixels: torch.Tensor) -> dict:
     attention.check_kernel(loaded.launched, kernel)
     parts, operators = _sum_times(_own_times(events, on_gpu))
     attention_ms = sum(classes["attention"] for classes in parts.values())
-    if loaded.engine.replays and on_gpu and kernel in ("math", "eager"):
+    replays = loaded.engine.replays(pixels.shape)
+    if replays and on_gpu and kernel in ("math", "eager"):
         attention_ms = None
-    timeline = _timeline(events, on_gpu)
-    busy, idle = busy_and_idle(timeline)
+    timeline, begin, end = _timeline(events, on_gpu)
+    busy, idle = busy_and_idle(timeline, begin, end)
     return {
         "batch_size": len(pixels),
         "attention_ran": kernel,

@@ -19,9 +19,9 @@ from vitnb.errors import UserError
 from vitnb.measure import accuracy, interleaving, latency
 from vitnb.measure.interleaving import record_failure
 from vitnb.measure.worker import LocalVariant
-from vitnb.models import checkpoints, loader
+from vitnb.models import engines, loader
 from vitnb.models.fused.vit import TECHNIQUES
-from vitnb.records.files import write_file
+from vitnb.records.identity import Checkpoints
 from vitnb.records.run import begin
 from vitnb.study import Study
 
@@ -121,13 +121,16 @@ def compute_logits(model: LocalVariant, pixels: torch.Tensor) -> torch.Tensor:
 
     Args:
         pixels: float32 [images, 3, height, width].
+
+    Raises:
+        VariantError: logits are not finite.
     """
     logits = []
     with model.loaded.inference() as forward:
         for part in pixels.split(IMAGES_AT_ONCE):
             output = forward(pixel_values=model.loaded.prepare(part))
             logits.append(output.logits.float().cpu())
-    return torch.cat(logits)
+    return engines.check_finite(torch.cat(logits))
 
 
 def _compute_all_logits(
@@ -144,9 +147,13 @@ def _compute_all_logits(
 
 
 def start_blocks(model: LocalVariant, pixels: torch.Tensor) -> None:
-    """Set the images of the blocks to come, and run a few forwards with them."""
+    """Set the images of the blocks to come, and run a few forwards with them.
+
+    Raises VariantError if the logits are not finite.
+    """
     ready = model.loaded.prepare(pixels)
     model.pixels = {len(pixels): ready}
+    model.first_forward(len(pixels))
     with model.loaded.inference() as forward:
         latency.time_device(model.loaded, forward, ready, WARM_UP)
 
@@ -172,7 +179,7 @@ def _time_steps(
     size = len(pixels)
     blocks = interleaving.time_interleaved(
         ready, size, study.compare, study.seed, failed
-    )
+    ).blocks
     rounds = len(next(iter(blocks.values()), []))
     print(f"batch {size}: {len(blocks)} steps in turns, {rounds} rounds", flush=True)
     return blocks
@@ -203,7 +210,7 @@ def measure_waterfall(study: Study, device: torch.device) -> dict:
         blocks_ms: {batch size: {step: [rounds][forwards] milliseconds}}.
         failed: {batch size: {step: reason}}.
         images: how many logits are compared on.
-        checkpoint_sha256: by export.
+        checkpoint_sha256: of each export when it was loaded.
 
     Raises:
         UserError: a checkpoint is missing, or no step at all can run here.
@@ -212,6 +219,10 @@ def measure_waterfall(study: Study, device: torch.device) -> dict:
     split = load_split(study, "valid")
     failed: dict[str, str] = {}
     models = _load_steps(study, steps, split, device, failed)
+    loaded_from = {
+        model.loaded.variant.checkpoint: model.loaded.checkpoint_sha256
+        for model in models.values()
+    }
     processor = next(iter(models.values())).loaded.processor
     pixels = dataset.first_batch(split, processor, min(IMAGES, len(split)))
     logits = _compute_all_logits(models, pixels, failed)
@@ -237,7 +248,7 @@ def measure_waterfall(study: Study, device: torch.device) -> dict:
         "blocks_ms": blocks,
         "failed": failed_at,
         "images": len(pixels),
-        "checkpoint_sha256": _fingerprints(study, steps),
+        "checkpoint_sha256": loaded_from,
     }
 
 
@@ -246,15 +257,6 @@ def _ladders_as_record() -> dict[str, list[dict]]:
     return {
         ladder: [asdict(step) | {"name": step.name} for step in steps]
         for ladder, steps in LADDERS.items()
-    }
-
-
-def _fingerprints(study: Study, steps: dict[str, Step]) -> dict[str, str]:
-    """Return the checksum of each export that the steps load from."""
-    exports = {variants.parse(step.variant).checkpoint for step in steps.values()}
-    return {
-        name: checkpoints.fingerprint(study.checkpoint(name))
-        for name in sorted(exports)
     }
 
 
@@ -275,8 +277,9 @@ def run_waterfall(study: Study, device: str | None = None) -> Path:
             "such as 'waterfall: [1, 32]'"
         )
     run = begin("waterfall", study.typed, batch_sizes=study.waterfall, device=device)
-    record = run.save(**measure_waterfall(study, devices.select_device(device)))
-    path = study.outputs / "waterfall.csv"
-    table = waterfall_table(record)
-    write_file(path, table.to_csv(index=False, lineterminator="\n"))
-    return path
+    measured = measure_waterfall(study, devices.select_device(device))
+    loaded_from = Checkpoints(measured["checkpoint_sha256"])
+    run.depend_on(loaded_from, load_split(study, "valid"))
+    table = run.save_table("waterfall", waterfall_table(run.record | measured))
+    run.save(**measured)
+    return study.outputs / table

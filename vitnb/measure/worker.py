@@ -7,12 +7,13 @@ variant allocates, compiles or caches.
 
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ from vitnb.data import dataset
 from vitnb.data.splits import Split, load_split
 from vitnb.errors import VariantError, as_known_error, one_line
 from vitnb.measure import latency, memory
-from vitnb.models import loader
+from vitnb.models import engines, loader
 from vitnb.processes import child_environment
 from vitnb.study import Study
 
@@ -79,17 +80,26 @@ class LocalVariant:
         """Run the first forward at a batch size, which may compile, on every core.
 
         A compiler's processes inherit the cores of the process that starts them.
+
+        Raises:
+            VariantError: the logits at this batch size are not finite.
         """
         if batch_size in self.first_seconds:
             return
+        pixels = self.batch(batch_size)
         bound, begin = os.sched_getaffinity(0), time.perf_counter()
         os.sched_setaffinity(0, self.cores)
         try:
             with self.loaded.inference() as model:
-                latency.time_host(self.loaded, model, self.batch(batch_size))
+                latency.time_host(self.loaded, model, pixels)
+                seconds = time.perf_counter() - begin
+                # One more, because a graph gives its own logits from now on.
+                output = model(pixel_values=pixels)
+                logits = getattr(output, "logits", output)
+                engines.check_finite(logits.float().cpu())
         finally:
             os.sched_setaffinity(0, bound)
-        self.first_seconds[batch_size] = time.perf_counter() - begin
+        self.first_seconds[batch_size] = seconds
 
     def warm_up(self, batch_size: int) -> dict:
         """Run forwards until their time is stable, but not much longer than a second.
@@ -98,7 +108,8 @@ class LocalVariant:
             forwards, seconds, stable: see ``latency.warm_up``.
             first_seconds: the first forward at this batch size, compilation and capture
                 included. Other processes may do the same at that time.
-            engine_ran, engine_reason: the engine that runs now, and why.
+            engine_ran, engine_reason: what runs this batch size, and why it is not
+                what was asked for; see ``Engine.ran``.
         """
         self.first_forward(batch_size)
         pixels = self.batch(batch_size)
@@ -110,11 +121,11 @@ class LocalVariant:
             warmed = latency.warm_up(forward, WARMUP_LIMIT_SECONDS)
             typical = np.median([forward() for _ in range(latency.WINDOW_FORWARDS)])
         self.lead[batch_size] = math.ceil(LEAD_MS / typical)
-        engine = self.loaded.engine
+        ran, reason = self.loaded.engine.ran(pixels.shape)
         return warmed | {
             "first_seconds": round(self.first_seconds[batch_size], 3),
-            "engine_ran": engine.ran,
-            "engine_reason": engine.reason,
+            "engine_ran": ran,
+            "engine_reason": reason,
         }
 
     def time_block(self, batch_size: int, forwards: int) -> list[float]:
@@ -130,12 +141,16 @@ class LocalVariant:
     def measure_memory(self, batch_sizes: list[int]) -> list[dict[str, int]]:
         """Measure the peaks of memory at each batch size, see ``memory.peak_memory``.
 
-        The smallest batch size comes first, as a peak never falls.
+        Returns:
+            A row for each batch size, in the order asked. The smallest is measured
+            first, as a CPU's peak never falls.
         """
-        return [
-            memory.peak_memory(self.loaded, self.batch(size), self.bytes_before)
-            for size in sorted(batch_sizes)
-        ]
+        peaks = {}
+        for size in sorted(set(batch_sizes)):
+            self.pixels.clear()  # those of other batch sizes would count
+            pixels = self.batch(size)
+            peaks[size] = memory.peak_memory(self.loaded, pixels, self.bytes_before)
+        return [peaks[size] for size in batch_sizes]
 
 
 def load_local_variant(
@@ -186,7 +201,7 @@ def _start_interpreter() -> tuple[subprocess.Popen, Connection]:
     A fork would inherit memory and threads of this process; a new interpreter does not.
     """
     ours, theirs = socket.socketpair()
-    with theirs:
+    with theirs, _interrupts_held_back():
         descriptor = theirs.fileno()
         process = subprocess.Popen(
             [sys.executable, "-m", "vitnb.measure.worker_main", str(descriptor)],
@@ -195,6 +210,20 @@ def _start_interpreter() -> tuple[subprocess.Popen, Connection]:
             stdout=subprocess.DEVNULL,
         )
     return process, Connection(ours.detach())
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Hold back Ctrl-C for this thread, and for a process that it starts.
+
+    The process lets it through once it can end without a trace on the screen, see
+    ``worker_main.main``. This thread gets it behind the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _prewarmed: list[tuple[subprocess.Popen, Connection]] = []
@@ -297,7 +326,7 @@ def measure_memory(
     """Measure the peaks of a variant's memory at each batch size, in a fresh process.
 
     Returns:
-        A row for each batch size, smallest first, see ``memory.peak_memory``.
+        A row for each batch size, in the order asked, see ``memory.peak_memory``.
     """
     with WorkerProcess(study, name, device) as worker:
         return worker.measure_memory(batch_sizes)

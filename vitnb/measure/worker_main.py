@@ -40,8 +40,10 @@ def import_torch_on_all_cores() -> set[int]:
 
 def main(descriptor: int) -> None:
     """Serve the pipe that this interpreter has inherited, see ``worker.serve``."""
-    # Ctrl-C ends a worker at once, without a trace of its own on the screen.
+    # Ctrl-C ends a worker at once, without a trace of its own on the screen. It was
+    # held back until here, where Python would still have told of it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     bound = import_torch_on_all_cores()
     from vitnb.measure import worker  # late: the module imports PyTorch
 

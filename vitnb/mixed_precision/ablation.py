@@ -16,7 +16,6 @@ from torch import nn
 from vitnb import devices
 from vitnb.analysis import sensitivity
 from vitnb.data.splits import Split
-from vitnb.errors import UserError
 from vitnb.mixed_precision.switchable import (
     UNQUANTIZED,
     CachedEvaluator,
@@ -24,11 +23,11 @@ from vitnb.mixed_precision.switchable import (
     SwitchableModel,
     reference_answers,
 )
-from vitnb.models import checkpoints, layers
+from vitnb.models import layers
 from vitnb.models.loader import LoadedVariant
+from vitnb.records.identity import identify
+from vitnb.records.parameters import check_parameter
 from vitnb.records.resume import ResumeCache
-
-BY = ("layer", "linear")
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ def parts(model: nn.Module, by: str = "layer") -> dict[str, list[str]]:
     Raises:
         UserError: another value of ``by``.
     """
-    if by not in BY:
-        raise UserError(f"by must be {' or '.join(BY)}, got '{by}'")
+    check_parameter("by", by)
     blocks = layers.transformer_blocks(model)
     chosen = {f"layer {i}": [block] for i, block in enumerate(blocks)}
     if by == "linear":
@@ -217,12 +215,9 @@ def resume_cache(
 ) -> ResumeCache:
     """Return the store of one model's measurements on some images.
 
-    Whatever changes weights, pixels, device or compute type starts it anew.
+    Whatever the answers depend on starts it anew, see ``records.identity``.
     """
+    identity = identify(loaded.device).depend_on(loaded)
     return ResumeCache(
-        folder,
-        checkpoint=checkpoints.fingerprint(loaded.folder) if folder else "",
-        images=images.digest,
-        device=loaded.device.type,
-        dtype=str(dtype),
+        folder, identity.answers_key(), images=images.digest, dtype=str(dtype)
     )

@@ -68,6 +68,7 @@ def make_plan(
     _check_request(name, share, widths)
     run = begin("plan", study.typed, name=name, budget=share, widths=widths)
     search = PlanSearch(study, run.unfinished)
+    run.depend_on(search.loaded, *search.splits)
     search.check_budget(share, widths)
 
     uniform = search.measure_uniform()
@@ -132,6 +133,7 @@ class PlanSearch:
 
     images: ``valid``, images to choose by, and ``test``, images to validate on.
     validated_on: the images of ``test`` in words.
+    splits: both splits.
     parts: every Linear but the head, {name such as "layer 0 q": [full name]}.
     extra: bytes of each Linear beyond NF4, {8 or 16: {full name: bytes}}.
     uniform_bytes: bytes of the whole model in NF4.
@@ -144,8 +146,9 @@ class PlanSearch:
 
     def __init__(self, study: Study, folder: Path):
         self.loaded = loader.load_baseline(study)
-        self.merged_sha256 = checkpoints.fingerprint(self.loaded.folder)
+        self.merged_sha256 = self.loaded.checkpoint_sha256
         valid, test, self.validated_on = _load_images(study)
+        self.splits = (valid, test)
         self.images = {
             "valid": reference_answers(self.loaded, valid),
             "test": reference_answers(self.loaded, test),

@@ -18,7 +18,7 @@ from vitnb.data import dataset
 from vitnb.data.splits import Split
 from vitnb.errors import UserError, VariantError
 from vitnb.measure import accuracy
-from vitnb.models import layers, quantization
+from vitnb.models import engines, layers, nf4, quantization
 from vitnb.models.loader import LoadedVariant
 
 BATCH_SIZE = 128
@@ -69,13 +69,16 @@ def compute_logits(
         loaded: the variant; its model computes in ``dtype``.
         pixels: batches of float32 [batch, 3, height, width].
         dtype: type of the model's weights and inputs.
+
+    Raises:
+        VariantError: logits are not finite.
     """
     logits = []
     with loaded.inference() as model:
         for batch in pixels:
             inputs = batch.to(loaded.device, dtype)
             logits.append(model(pixel_values=inputs).logits.double().cpu())
-    return torch.cat(logits)
+    return engines.check_finite(torch.cat(logits))
 
 
 def reference_answers(loaded: LoadedVariant, split: Split) -> ReferenceAnswers:
@@ -98,6 +101,7 @@ class SwitchableModel:
 
     The model is changed in place. Its weights are first rounded to the 16-bit type,
     because exported checkpoints hold 16-bit weights. Then it computes in ``dtype``.
+    Answers and bytes are those of the exported variants, bit for bit.
 
     Args:
         model: the full-precision model.
@@ -115,6 +119,8 @@ class SwitchableModel:
                 name: quantization.quantized_copy(linear, width, dtype)
                 for name, linear in self.linears.items()
             }
+            for copy in self.copies[width].values():
+                nf4.pack_for_cpu(copy)
 
     def switch(self, widths: dict[str, int], rest: int) -> tuple[int, int]:
         """Switch some Linears to their own widths and all others to one width.

@@ -19,6 +19,7 @@ mask's place, as numbers. It is part of the model and is applied.
 
 import re
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -181,7 +182,8 @@ def resolve_backend(attention: str, device: torch.device) -> str:
         device: where the variant runs.
 
     Raises:
-        VariantError: ``fa2`` on an older GPU, which has neither.
+        VariantError: ``fa2`` on an older GPU, which has neither; or flash-attn is
+            installed and cannot be imported.
     """
     if attention == "flash":
         return "torch-flash"
@@ -195,7 +197,18 @@ def resolve_backend(attention: str, device: torch.device) -> str:
             f"fa2 needs a GPU of SM80 or newer and this one is SM{major}{minor}: "
             "use an sdpa variant"
         )
-    return "flash-attn" if find_spec("flash_attn") else "torch-flash"
+    if not find_spec("flash_attn"):
+        return "torch-flash"
+    try:
+        # Now, as a package that was built for another PyTorch would fail at the first
+        # forward.
+        import_module("flash_attn").flash_attn_func  # noqa: B018
+    except Exception as error:
+        raise VariantError(
+            f"flash-attn is installed and cannot be imported ({one_line(error)}): "
+            "install it for this PyTorch, or remove it"
+        ) from None
+    return "flash-attn"
 
 
 def implementation(backend: str) -> str:

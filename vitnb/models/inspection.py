@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageClassification
+from torch import nn
+from transformers import AutoModelForImageClassification
 
 from vitnb import devices
 from vitnb.errors import UserError, VariantError, one_line
@@ -28,14 +29,18 @@ def inspect_checkpoint(folder: str | Path) -> list[str]:
         )
     names, size = _read_tensors(checkpoints.require_safetensors(folder))
     _check_index(folder, names)
-    config = _read_config(folder)
+    config = checkpoints.read_config(folder)
     declared = getattr(config, "quantization_config", None)
+    model = _load_plainly(folder)
+    quantized, kept = quantization.count_linears(model)
+    # First, as a model without the weights that its config declares cannot run.
+    quantized_line = _inspect_quantization(names, declared)
     return [
         f"safetensors   whole: {len(names)} tensors, {size / MB:.1f} MB",
-        _inspect_fit(folder),
+        f"config        fits the weights; {quantized} Linears quantized, {kept} kept",
         _inspect_classes(config),
-        _inspect_preprocessing(folder, config),
-        _inspect_quantization(names, declared),
+        _inspect_preprocessing(folder, model),
+        quantized_line,
         _inspect_machine(),
     ]
 
@@ -80,33 +85,22 @@ def _check_index(folder: Path, names: set[str]) -> None:
         )
 
 
-def _read_config(folder: Path):
-    """Return the config; raise UserError if it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers may raise anything
-        raise UserError(
-            f"{folder / 'config.json'} cannot be read: {one_line(error)}"
-        ) from None
-
-
-def _inspect_fit(folder: Path) -> str:
+def _load_plainly(folder: Path) -> nn.Module:
     """Load the model as plain transformers does and check that all weights fit."""
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             folder,
             output_loading_info=True,
             use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             device_map={"": devices.select_device()},
+            **checkpoints.SAFE,
         )
     except Exception as error:  # transformers may raise anything
         raise UserError(f"{folder} does not load: {one_line(error)}") from None
     if misfits := checkpoints.describe_misfits(info):
         raise UserError(misfits)
-    quantized, kept = quantization.count_linears(model)
-    return f"config        fits the weights; {quantized} Linears quantized, {kept} kept"
+    return model
 
 
 def _inspect_classes(config) -> str:
@@ -121,20 +115,15 @@ def _inspect_classes(config) -> str:
     return f"classes       {len(names)}, from {names[0]} to {names[-1]}"
 
 
-def _inspect_preprocessing(folder: Path, config) -> str:
-    """Check that the preprocessing gives images of the model's size."""
+def _inspect_preprocessing(folder: Path, model: nn.Module) -> str:
+    """Check that the model takes the images that the preprocessing gives."""
     processor = checkpoints.load_processor(folder)
-    size = (processor.size["height"], processor.size["width"])
-    expected = config.image_size
-    if not isinstance(expected, (list, tuple)):
-        expected = (expected, expected)
-    if tuple(expected) != size:
-        raise UserError(
-            f"preprocessing makes {size} pixels and the model takes {tuple(expected)}: "
-            "copy the preprocessor_config.json that it was trained with"
-        )
+    # The file's 16 bits would take minutes on a CPU that emulates them.
+    quantization.set_compute_dtype(model, devices.compute_dtype(model.device))
+    checkpoints.check_image_size(model, processor, folder)
+    height, width = checkpoints.image_sides(processor)
     mean, std = list(processor.image_mean), list(processor.image_std)
-    return f"preprocessing {size[0]}x{size[1]}, mean {mean}, std {std}"
+    return f"preprocessing {height}x{width}, mean {mean}, std {std}"
 
 
 def _inspect_quantization(names: set[str], declared) -> str:

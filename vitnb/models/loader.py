@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from vitnb import devices, variants
-from vitnb.errors import UserError, VariantError
-from vitnb.models import attention, checkpoints, engines, quantization
+from vitnb.errors import UserError, VariantError, raise_known_errors
+from vitnb.models import attention, checkpoints, engines, nf4, quantization
 from vitnb.study import Study
 from vitnb.variants import Variant
 
@@ -37,6 +37,7 @@ class LoadedVariant:
         disk_bytes: bytes of the checkpoint's files.
         resident_bytes: bytes of the model in memory; see ``quantization``.
         engine: how a forward is launched.
+        checkpoint_sha256: of the checkpoint's files when they were read.
     """
 
     variant: Variant
@@ -53,6 +54,7 @@ class LoadedVariant:
     disk_bytes: int
     resident_bytes: int
     engine: engines.Engine
+    checkpoint_sha256: str
 
     @property
     def scratch_bytes(self) -> int:
@@ -72,9 +74,17 @@ class LoadedVariant:
             "resident_bytes": self.resident_bytes,
             "scratch_bytes": self.scratch_bytes,
             **self.engine.as_record(),
-            "checkpoint_sha256": checkpoints.fingerprint(self.folder),
+            "checkpoint_sha256": self.checkpoint_sha256,
         }
 
+    def as_dependency(self) -> dict[str, object]:
+        """Return what an identity holds of this variant, see ``records.identity``."""
+        return {
+            "checkpoints": {self.variant.checkpoint: self.checkpoint_sha256},
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @raise_known_errors()
     def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
         """Move pixels, float32 [batch, 3, height, width], to the device and type."""
         return pixels.to(self.device, self.dtype)
@@ -86,12 +96,18 @@ class LoadedVariant:
         The engine and the attention kernel are those of the variant.
 
         Raises:
-            VariantError: the attention kernel does not exist for this model.
+            VariantError: the attention kernel does not exist for this model, or a
+                library failed in the block.
         """
-        with torch.inference_mode(), attention.force_backend(self.launched):
+        with (
+            raise_known_errors(),
+            torch.inference_mode(),
+            attention.force_backend(self.launched),
+        ):
             yield self.engine
 
 
+@raise_known_errors()
 def load_variant(
     study: Study,
     variant: Variant,
@@ -111,8 +127,8 @@ def load_variant(
 
     Raises:
         UserError: the checkpoint is missing, a pickle or broken.
-        VariantError: the variant cannot run on this machine, or other Linears are
-            quantized than should be.
+        VariantError: the variant cannot run on this machine, other Linears are
+            quantized than should be, or a library failed.
     """
     plan, command = _find_plan(study, variant)
     folder = _find_folder(checkpoint or study.checkpoint(variant.checkpoint), command)
@@ -124,6 +140,7 @@ def load_variant(
     # TensorFloat-32 would make the full-precision baseline a 19-bit one.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    checkpoint_sha256 = checkpoints.fingerprint(folder)
     model = _read_model(folder, command, backend, dtype, device)
     if variant.checkpoint != "merged" and not _declares_quantization(model):
         raise VariantError(f"{folder} is not quantized: make it again with '{command}'")
@@ -131,6 +148,7 @@ def load_variant(
     parameters = quantization.num_parameters(model)
     if variant.engine == "fused":
         model = _rearrange(model, backend, dtype, techniques)
+    nf4.pack_for_cpu(model)
     return LoadedVariant(
         variant=variant,
         folder=folder,
@@ -146,6 +164,7 @@ def load_variant(
         disk_bytes=checkpoints.disk_bytes(folder),
         resident_bytes=quantization.resident_bytes(model),
         engine=engines.make_engine(variant.engine, model, device),
+        checkpoint_sha256=checkpoint_sha256,
     )
 
 
@@ -161,6 +180,7 @@ def _find_plan(study: Study, variant: Variant) -> tuple["Plan | None", str]:
     from vitnb.models import plans  # late: most variants have no plan
 
     plan = plans.read_plan(study, variant.plan)
+    _require_current(study, plan, plans.plan_command(study, plan))
     if variant.engine == "fused":
         graph = f"{variant.weights}-{variant.attention}-graph"
         raise VariantError(
@@ -168,6 +188,17 @@ def _find_plan(study: Study, variant: Variant) -> tuple["Plan | None", str]:
             f"take the engine graph, {graph}"
         )
     return plan, plans.plan_command(study, plan)
+
+
+def _require_current(study: Study, plan: "Plan", command: str) -> None:
+    """Raise UserError for a plan that was made for another fine-tuning."""
+    merged = study.checkpoint("merged")
+    if not merged.is_dir() or checkpoints.fingerprint(merged) == plan.merged_sha256:
+        return
+    raise UserError(
+        f"plan '{plan.name}' was made for another model than {merged}: "
+        f"make it again with '{command}'"
+    )
 
 
 def _find_folder(folder: Path, command: str) -> Path:

@@ -6,21 +6,26 @@ import torch
 from torch import nn
 
 from vitnb import devices
-from vitnb.errors import UserError, one_line
-from vitnb.models import attention, checkpoints, layers, quantization
+from vitnb.errors import UserError
+from vitnb.models import attention, checkpoints, layers, nf4, quantization
+from vitnb.records.identity import Checkpoints
+from vitnb.records.parameters import check_parameter
 from vitnb.study import ROOT, Study
 
 OURS = "data/base"  # the base model that comes with this repository
 
 
 def find_base(study: Study) -> str:
-    """Return the study's base model: a local folder, or a name on the hub.
+    """Return the study's base model: a local folder, or a ``HubName``.
+
+    Nothing is fetched here. Who reads the base fetches it.
 
     Raises:
         UserError: a local folder is missing. The message holds the command that makes
             or restores it.
     """
-    folder = study.own_base if study.pretrain else ROOT / study.base
+    local = ROOT / Path(study.base).expanduser()
+    folder = study.own_base if study.pretrain else local
     if folder.is_dir():
         return str(checkpoints.require_safetensors(folder))
     if study.pretrain:
@@ -30,14 +35,23 @@ def find_base(study: Study) -> str:
         fix = f"make it with 'python -m vitnb pretrain {other}'"
     elif study.base == OURS:
         fix = f"restore it with 'git checkout {OURS}'"
-    elif study.base.startswith((".", "/", "data/")):
+    elif study.base.startswith((".", "/", "~", "data/")):
         fix = (
             "put the checkpoint there "
             "(config.json, *.safetensors and its preprocessing)"
         )
     else:
-        return study.base
+        return checkpoints.HubName(study.base)
     raise UserError(f"no base model at {folder}: {fix}")
+
+
+def identify_base(study: Study) -> Checkpoints:
+    """Return the study's base with its checksum, for the identity of a run.
+
+    Raises UserError as ``find_base`` does, or if the base cannot be fetched.
+    """
+    folder = Path(checkpoints.local_folder(find_base(study)))
+    return Checkpoints({"base": checkpoints.fingerprint(folder)})
 
 
 def load_base(study: Study, class_names: list[str], weights: str = "fp32") -> nn.Module:
@@ -56,8 +70,7 @@ def load_base(study: Study, class_names: list[str], weights: str = "fp32") -> nn
         UserError: there is no base, or its weights or preprocessing do not fit its
             config.
     """
-    if weights not in ("fp32", "nf4", "int8"):
-        raise UserError(f"base_precision must be fp32, nf4 or int8, got '{weights}'")
+    check_parameter("base_precision", weights)
     base = find_base(study)
     device = _indexed_device()
     options = {
@@ -72,7 +85,7 @@ def load_base(study: Study, class_names: list[str], weights: str = "fp32") -> nn
         raise UserError(
             f"{base}: {misfits}: take a checkpoint that transformers has saved"
         )
-    _check_image_size(model, base)
+    checkpoints.check_image_size(model, checkpoints.load_processor(base), base)
     if weights != "fp32":
         model = _load_quantized(base, weights, model, device, options)
     model.set_attn_implementation(attention.implementation("sdpa"))
@@ -111,19 +124,4 @@ def _load_quantized(
     head = layers.head_name(plain)
     model.set_submodule(head, plain.get_submodule(head).to(device))
     quantization.check_counts(model, quantized=True)
-    return quantization.disable_cpu_packing(model)
-
-
-@torch.inference_mode()
-def _check_image_size(model: nn.Module, base: str) -> None:
-    """Raise UserError if the model refuses images of its own preprocessing's size."""
-    height, width = checkpoints.image_sides(checkpoints.load_processor(base))
-    try:
-        pixels = torch.zeros(1, model.config.num_channels, height, width)
-        model.eval()(pixel_values=pixels)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{base} does not take images of {height} x {width} pixels, which its "
-            f"preprocessing gives ({one_line(error)}): "
-            "mend its preprocessor_config.json"
-        ) from None
+    return nf4.disable_cpu_packing(model)

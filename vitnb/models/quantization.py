@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from vitnb import devices
 from vitnb.errors import UserError, VariantError
-from vitnb.models import layers
-from vitnb.models.nf4 import NF4_BLOCK
+from vitnb.models import layers, nf4
 
-PACKED_ROWS = 32  # rows of a 4-bit weight that bitsandbytes packs together on a CPU
 OUTLIER_THRESHOLD = 6.0  # LLM.int8 multiplies larger activations in 16 bits, by column
 
 
@@ -161,21 +160,28 @@ def quantized_copy(
 ) -> nn.Module:
     """Return a quantized copy of a Linear, on its device, as the loader makes it.
 
+    It has the bits of an export, which quantizes 16-bit weights: a float32 weight is
+    rounded to the device's 16-bit type first. What a CPU packs in an export, it packs
+    in a copy; see ``nf4``.
+
     Args:
         linear: the Linear to copy.
         bits: 4 (NF4 with double quantization) or 8 (LLM.int8).
         compute_dtype: the type that a 4-bit copy computes in.
     """
+    device = linear.weight.device
     weight = linear.weight.data.clone()
+    if weight.dtype == torch.float32:
+        weight = weight.to(devices.half_dtype(device))
     size = (linear.in_features, linear.out_features)
     has_bias = linear.bias is not None
     if bits == 4:
-        nf4 = {"quant_type": "nf4", "compress_statistics": True}
+        kind = {"quant_type": "nf4", "compress_statistics": True}
         copy = bnb.nn.Linear4bit(
-            *size, bias=has_bias, compute_dtype=compute_dtype, **nf4
+            *size, bias=has_bias, compute_dtype=compute_dtype, **kind
         )
-        copy.weight = bnb.nn.Params4bit(weight, requires_grad=False, **nf4)
-        copy.support_avx512bf16_for_cpu = False
+        copy.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind)
+        nf4.allow_cpu_packing(copy, compute_dtype)
     else:
         copy = bnb.nn.Linear8bitLt(
             *size, bias=has_bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD
@@ -185,7 +191,7 @@ def quantized_copy(
         )
     if has_bias:
         copy.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
-    return copy.to(linear.weight.device).eval()
+    return copy.to(device).eval()
 
 
 def to_fp8(model: nn.Module, quantize_rows: Callable) -> nn.Module:
@@ -219,31 +225,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype
-    # bitsandbytes multiplies packed weights in bfloat16. It asks only its own library
-    # whether the CPU can do that, and not for the type to compute in.
-    disable_cpu_packing(model, only_uneven=dtype != torch.float32)
-
-
-def disable_cpu_packing(model: nn.Module, only_uneven: bool = False) -> nn.Module:
-    """Turn off the packing of 4-bit weights on CPUs with AVX512-BF16.
-
-    The first forward in evaluation mode packs the weights in place. Training then
-    crashes and a saved model differs (bitsandbytes 0.50), so models that are trained or
-    saved must not be packed.
-
-    Args:
-        model: a model with NF4 Linears, or without: then nothing changes.
-        only_uneven: turn it off only for weights that cannot be packed. Their rows are
-            no whole number of blocks (Swin-T has rows of 96), or the number of rows is
-            no multiple of 32.
-    """
-    for module in model.modules():
-        if not isinstance(module, bnb.nn.Linear4bit):
-            continue
-        uneven = module.in_features % NF4_BLOCK or module.out_features % PACKED_ROWS
-        if uneven or not only_uneven:
-            module.support_avx512bf16_for_cpu = False
-    return model
+    nf4.allow_cpu_packing(model, dtype)
 
 
 def count_linears(model: nn.Module) -> tuple[int, int]:
@@ -309,6 +291,8 @@ def resident_bytes(model: nn.Module) -> int:
     """Return the bytes that a loaded model holds in memory.
 
     Counted are parameters, buffers and quantization state. Shared storage counts once.
+    NF4 weights count as they are: call ``nf4.pack_for_cpu`` before, or a CPU that packs
+    them in the first forward holds other bytes afterwards.
     """
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
@@ -323,7 +307,10 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def _state_tensors(state) -> list[torch.Tensor]:
-    """Return the tensors of a 4-bit quantization state, the nested state's included."""
+    """Return the tensors of a 4-bit quantization state, the nested state's included.
+
+    The state of packed weights has no nested one.
+    """
     if state is None:
         return []
     own = [
@@ -331,4 +318,4 @@ def _state_tensors(state) -> list[torch.Tensor]:
         for tensor in (state.absmax, state.code, state.offset)
         if isinstance(tensor, torch.Tensor)
     ]
-    return own + _state_tensors(state.state2)
+    return own + _state_tensors(getattr(state, "state2", None))

@@ -20,11 +20,17 @@ PACKAGES = (
     "flash-attn",
     "peft",
     "accelerate",
+    "triton",
+    "timm",
+    "torchao",
     "scikit-learn",
     "scipy",
     "numpy",
     "pillow",
 )
+
+# Rooms whose code no measurement depends on.
+SHOWING = ("figures", "report", "anatomy")
 
 # Reasons for low clocks of a GPU, from bit 0 on (NVML, nvmlClocksEventReasons).
 THROTTLE_REASONS = (
@@ -75,20 +81,37 @@ def describe_machine() -> dict[str, object]:
         "gpu_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
         "driver": smi("driver_version").get("driver_version") if gpu else None,
         "platform": platform.platform(terse=True),
-        "commit": _output_of("git", "rev-parse", "HEAD"),
-        "dirty": bool(_output_of("git", "status", "--porcelain")),
+        **_commit_of_code(),
         "code_sha256": code_sha256(),
     }
 
 
+def _commit_of_code() -> dict[str, str | bool | None]:
+    """Return the commit of the code, and whether the code was changed since.
+
+    Both are None where git cannot say: it is missing, it refuses the repository, or no
+    repository holds this code. Code that lies unknown in another project's repository,
+    as an installed package does, has no commit either.
+    """
+    commit = _output_of("git", "rev-parse", "HEAD")
+    known = _output_of("git", "ls-files", "--error-unmatch", str(Path(__file__)))
+    changes = _output_of("git", "status", "--porcelain", "--untracked-files=normal")
+    if not commit or not known or changes is None:
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changes)}
+
+
 def code_sha256() -> str:
-    """Return the SHA-256 of the package's sources.
+    """Return the SHA-256 of the sources that measure.
 
     It names the code that ran, also without a repository or with uncommitted changes.
+    Rooms that only show what a record holds do not count.
     """
     digest = hashlib.sha256()
     for path in sorted((ROOT / "vitnb").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+        name = path.relative_to(ROOT / "vitnb")
+        if name.parts[0] not in SHOWING:
+            digest.update(name.as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -118,7 +141,7 @@ def smi(*fields: str) -> dict[str, str]:
         "--format=csv,noheader,nounits",
         f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
     )
-    values = [value.strip() for value in line.split(",")]
+    values = [value.strip() for value in (line or "").split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
@@ -166,14 +189,14 @@ def _cpu_mhz() -> int | None:
     return round(clock.current) if clock and clock.current else None
 
 
-def _output_of(*command: str) -> str:
-    """Return the output of a program; empty if it is missing or fails."""
+def _output_of(*command: str) -> str | None:
+    """Return the output of a program; None if it is missing or fails."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None
     return done.stdout.strip()
 
 

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 from vitnb.errors import UserError, suggest
+from vitnb.records.schema import upgrade
 from vitnb.study import Study, load_study, study_names
 
 LONG = 8  # a list with more items is shown by its length and range
 
 
 def read_record(path: Path, fix: str) -> dict:
-    """Return the record in a JSON file.
+    """Return the record in a JSON file, in today's shape (see ``schema.upgrade``).
 
     Args:
         fix: the end of the message if the file is no record.
@@ -22,7 +23,7 @@ def read_record(path: Path, fix: str) -> dict:
     required = {"name", "notebook", "started"}
     if not isinstance(record, dict) or not required <= record.keys():
         raise UserError(f"{path} is not a record: {fix}")
-    return record
+    return upgrade(record)
 
 
 def load_records(study: Study) -> list[dict]:
@@ -39,13 +40,18 @@ def find_record(name: str) -> dict:
     Raises:
         UserError: no such record; the message suggests a name.
     """
+    return read_record(find_path(name), "name the JSON file of a record")
+
+
+def find_path(name: str) -> Path:
+    """Return the path of a record; see ``find_record``."""
     path = Path(name) if name.endswith(".json") else _path_by_name(name)
     if not path.is_file():
         raise UserError(
             f"no record at {path}: "
             "name one, such as outputs/embedded/records/finetune.json"
         )
-    return read_record(path, "name the JSON file of a record")
+    return path
 
 
 def _path_by_name(name: str) -> Path:

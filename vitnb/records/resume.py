@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from vitnb.records import machine
 from vitnb.records.files import write_file
 
 
@@ -19,16 +18,16 @@ class ResumeCache:
 
     Args:
         folder: where the results lie; None to store nothing.
-        depends: what every result depends on, as values that JSON can hold. The
-            versions of the packages are always added.
+        key: of the identity that every result has, see ``identity.Identity``.
+        depends: what every result depends on besides, as values that JSON can hold.
 
     Attributes:
         found_before: number of results that an earlier run has left.
     """
 
-    def __init__(self, folder: Path | None, **depends):
+    def __init__(self, folder: Path | None, key: str = "", **depends):
         self.folder = folder
-        self.depends = depends | {"versions": machine.versions()}
+        self.depends = depends | {"identity": key}
         self.seen: set[Path] = set()
         self.found_before = 0
 

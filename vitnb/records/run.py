@@ -4,8 +4,10 @@ A record is a JSON file. It holds the parameters, the results with their raw sam
 and the machine. It is written whole or not at all.
 """
 
+import hashlib
 import json
 import random
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -14,13 +16,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from IPython import get_ipython
 
 from vitnb import devices, variants
-from vitnb.errors import UserError, VariantError, as_known_error, one_line
-from vitnb.records import machine
-from vitnb.records.files import write_array, write_file
+from vitnb.errors import (
+    UserError,
+    VariantError,
+    as_known_error,
+    describe_file_error,
+    one_line,
+)
+from vitnb.records import SCHEMA, machine
+from vitnb.records.files import array_digest, write_array, write_csv, write_file
+from vitnb.records.identity import Dependency, identify
+from vitnb.records.parameters import check_parameters
+from vitnb.records.schema import SECTIONS, upgrade
 from vitnb.study import Study, load_study
 
 
@@ -36,6 +48,7 @@ class Run:
         path: of the record.
         unfinished: folder for results of a measurement that was killed, see ``resume``.
         device: the device that was asked for, or the GPU if there is one.
+        identity: what the results depend on, see ``depend_on``.
         batch_sizes: to measure, of ``evaluate`` alone.
     """
 
@@ -55,6 +68,7 @@ class Run:
             self.batch_sizes = study.sizes(asked.get("batch_size"))
             asked["batch_sizes"] = self.batch_sizes
         self.record = {
+            "schema": SCHEMA,
             "notebook": notebook,
             "study": study.name,
             "name": self.name,
@@ -64,10 +78,23 @@ class Run:
             "machine": machine.describe_machine(),
             "versions": machine.versions(),
         }
+        self.identity = identify(self.device)
+        self._arrays: dict[str, np.ndarray] = {}
+        self._tables: dict[str, pd.DataFrame] = {}
         self._started = time.perf_counter()
 
+    def depend_on(self, *things: Dependency) -> None:
+        """Note what the results depend on, as soon as it is loaded.
+
+        Args:
+            things: loaded variants and splits.
+        """
+        self.identity = self.identity.depend_on(*things)
+
     def save_array(self, kind: str, values: np.ndarray) -> str:
-        """Write an array that is too large for a record to a file of its own.
+        """Keep an array that is too large for a record, for a file of its own.
+
+        The file is written together with the record.
 
         Args:
             kind: name of the folder, such as ``logits``.
@@ -76,7 +103,24 @@ class Run:
             The path of the file, relative to the outputs of the study.
         """
         name = f"{kind}/{self.name}.npy"
-        write_array(self.study.outputs / name, values)
+        self._arrays[name] = values
+        return name
+
+    def save_table(self, kind: str, table: pd.DataFrame) -> str:
+        """Keep a table of results, for a CSV file beside the folder of records.
+
+        The file is written together with the record. Its name has what sets the run
+        apart, as the record's name has.
+
+        Args:
+            kind: the first word of the file's name, such as ``predictions``.
+
+        Returns:
+            The name of the file.
+        """
+        apart = self.name.removeprefix(self.record["notebook"])
+        name = f"{kind}{apart}.csv"
+        self._tables[name] = table
         return name
 
     def save(self, **results) -> dict:
@@ -91,12 +135,82 @@ class Run:
         """Write a record without results that says why there are none."""
         return self._write({"status": "failed", "reason": one_line(error)})
 
+    @property
+    def earlier(self) -> Path | None:
+        """The folder to keep what an earlier run of this name has left.
+
+        It is None if there was none, or if it asked the same question.
+        """
+        before = self._record_before()
+        if before is None or question(before) == self._question():
+            return None
+        return self._folder_for(before)
+
+    def _question(self) -> dict:
+        return question(self.record | {"identity": self.identity.as_record()})
+
     def _write(self, results: dict) -> dict:
         seconds = round(time.perf_counter() - self._started, 1)
-        record = self.record | {"seconds": seconds} | results
+        record = self.record | {"identity": self.identity.as_record()}
+        arrays = {name: array_digest(values) for name, values in self._arrays.items()}
+        record |= {"arrays": arrays, "tables": list(self._tables), "seconds": seconds}
+        record |= results
         text = json.dumps(record, default=_to_json, allow_nan=False, indent=1)
+        self._set_aside(failed=record["status"] == "failed")
+        for name, values in self._arrays.items():
+            write_array(self.study.outputs / name, values)
+        for name, table in self._tables.items():
+            write_csv(self.study.outputs / name, table)
         write_file(self.path, text + "\n")
         return json.loads(text)
+
+    def _record_before(self) -> dict | None:
+        """Return the record that this run would replace, if there is one."""
+        try:
+            return upgrade(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _set_aside(self, failed: bool) -> None:
+        """Move an earlier record away if this one does not take its place.
+
+        It does not if it answers another question, or if it failed.
+        """
+        before = self._record_before()
+        if before is None:
+            return
+        lost = failed and before["status"] == "ok"
+        if not lost and question(before) == self._question():
+            return
+        folder = self._folder_for(before)
+        files = [f"records/{self.path.name}", *before["arrays"], *before["tables"]]
+        for name in files:
+            path = self.study.outputs / name
+            if path.exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(folder / name)
+        told = folder.relative_to(self.study.outputs)
+        print(f"the earlier record {self.name} is kept in {told}", flush=True)
+
+    def _folder_for(self, before: dict) -> Path:
+        """Return the folder to keep an earlier record in."""
+        when = re.sub(r"\W", "", before["started"][:19])
+        return self.study.outputs / "earlier" / f"{before['name']}-{when}"
+
+
+def question(record: dict) -> dict:
+    """Return what a record answers.
+
+    It is what was asked, the parts of the study that matter for it, and the device.
+    """
+    sections = SECTIONS.get(record["notebook"], ())
+    study = json.loads(json.dumps(record.get("study_asked", {}), default=str))
+    return {
+        "notebook": record["notebook"],
+        "asked": json.loads(json.dumps(record["asked"], default=str)),
+        "study": {name: study.get(name) for name in sections},
+        "device": record["identity"]["device"],
+    }
 
 
 def record_name(notebook: str, study: Study, asked: dict) -> str:
@@ -111,19 +225,33 @@ def record_name(notebook: str, study: Study, asked: dict) -> str:
         parts.append(variants.parse(asked["variant"]).file)
         if asked.get("batch_size"):
             parts.append(f"b{asked['batch_size']}")
-        if asked.get("device"):
-            parts.append(asked["device"])
     elif notebook == "infer":
         if asked["variant"] != study.infer_variant:
             parts.append(variants.parse(asked["variant"]).file)
         if asked.get("images"):
-            parts.append(Path(asked["images"]).expanduser().resolve().name)
+            parts.append(folder_name(asked["images"]))
     elif notebook == "ablate":
         if asked.get("by", "layer") != "layer":
             parts.append(asked["by"])
     elif notebook == "plan":
         parts.append(asked["name"])
+    elif notebook == "ceilings":
+        parts.append(asked["machine"])
+    seed = asked.get("seed")
+    if notebook in ("evaluate", "infer", "ablate") and seed not in (None, study.seed):
+        parts.append(f"seed{seed}")
+    if asked.get("device"):
+        parts.append(asked["device"])
     return "-".join(parts)
+
+
+def folder_name(folder: str) -> str:
+    """Return a name for a folder: its own, and a digest of its whole path.
+
+    Two folders of one name have different names.
+    """
+    path = Path(folder).expanduser().resolve()
+    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 # Runs of a variant in this process. An error that ends a notebook belongs to the last.
@@ -140,12 +268,13 @@ def begin(notebook: str, study: str, **asked) -> Run:
             seed of the study.
 
     Raises:
-        UserError: an unknown study or variant, or a study that needs a GPU on a machine
-            without one.
+        UserError: an unknown study, a parameter that cannot be (see ``parameters``), or
+            a study that needs a GPU on a machine without one.
     """
     _show_errors_in_one_line()
     loaded = load_study(study)
     devices.check_requirements(loaded)
+    check_parameters(asked)
     run = Run(notebook, loaded, asked)
     random.seed(run.seed)
     np.random.seed(run.seed)
@@ -158,20 +287,29 @@ def begin(notebook: str, study: str, **asked) -> Run:
 def _show_errors_in_one_line() -> None:
     """Show known errors of a notebook in one line, and record a variant that fails.
 
-    Running out of memory is the error of a library. The variant fails all the same.
+    Running out of memory is the error of a library. The variant fails all the same. A
+    file that cannot be written is a mistake of the user, and fails no variant.
     """
     shell = get_ipython()
     if shell is None:
         return
 
     def show(shell, kind, error, trace, tb_offset=None):
+        if isinstance(error, OSError):
+            if not (told := describe_file_error(error)):  # of a library: with its trace
+                return shell.showtraceback((kind, error, trace))
+            error = UserError(told)
         error = as_known_error(error)
         if isinstance(error, VariantError) and _VARIANT_RUNS:
-            _VARIANT_RUNS[-1].fail(error)
+            try:
+                _VARIANT_RUNS[-1].fail(error)
+            except UserError as unwritten:
+                error = unwritten
         kind = type(error)
         shell._showtraceback(kind, error, [f"{kind.__name__}: {one_line(error)}"])
 
-    shell.set_custom_exc((UserError, VariantError, torch.OutOfMemoryError), show)
+    known = (UserError, VariantError, torch.OutOfMemoryError, OSError)
+    shell.set_custom_exc(known, show)
 
 
 def _to_json(value: object):

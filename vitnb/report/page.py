@@ -4,7 +4,6 @@ Everything follows from the study's records and the ledger of claims.
 """
 
 import base64
-import csv
 import io
 import re
 from collections.abc import Container, Iterable
@@ -15,12 +14,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vitnb import statistics
 from vitnb.analysis import claims, comparison, plan_validation, sensitivity, tables
 from vitnb.analysis.performance import MEMORY_DEFINITIONS
 from vitnb.analysis.results import Results, collect
 from vitnb.analysis.waterfall import TECHNIQUE_NOTES, waterfall_table
 from vitnb.figures import learning, mixed_precision, profile, tradeoffs, waterfall
-from vitnb.records.files import write_file
+from vitnb.records.files import write_csv, write_file
 from vitnb.study import Study
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -41,6 +41,7 @@ FILTERS = {
     "headings": lambda body: re.findall(r'<h2 id="(.+?)">(.+?)</h2>', body),
     "main_columns": tables.main_columns,
     "other_columns": tables.other_columns,
+    "percent": lambda share: f"{100 * share:.3g}%",
     "same_program_notes": comparison.same_program_notes,
     "sentence": lambda text: text[:1].upper() + text[1:],
     "table": pd.DataFrame,
@@ -67,7 +68,7 @@ def write_report(study: Study) -> Path:
 def _draw(results: Results) -> dict[str, Figure]:
     """Draw the figures of what was measured, by the names of their files."""
     figures = {}
-    if results.evaluated:
+    if results.evaluated_here:
         figures |= _draw_tradeoffs(results)
     if results.finetuned:
         history = results.finetuned["history"]
@@ -92,11 +93,11 @@ def _draw(results: Results) -> dict[str, Figure]:
 def _draw_tradeoffs(results: Results) -> dict[str, Figure]:
     ratios = results.ratios if results.compared else None
     return {
-        "accuracy_latency": tradeoffs.accuracy_latency(results.summary, ratios),
-        "accuracy_size": tradeoffs.accuracy_size(results.summary),
-        "size_memory": tradeoffs.size_memory(results.summary),
-        "latency": tradeoffs.latency_distribution(results.evaluated),
-        "kernels": profile.kernel_classes(results.evaluated),
+        "accuracy_latency": tradeoffs.accuracy_latency(results.summary_here, ratios),
+        "accuracy_size": tradeoffs.accuracy_size(results.summary_here),
+        "size_memory": tradeoffs.size_memory(results.summary_here),
+        "latency": tradeoffs.latency_distribution(results.evaluated_here),
+        "kernels": profile.kernel_classes(results.evaluated_here),
     }
 
 
@@ -118,6 +119,7 @@ def _render(results: Results, pictures: dict[str, bytes]) -> str:
     environment.filters |= FILTERS
     environment.globals |= {
         "memory_definitions": MEMORY_DEFINITIONS,
+        "statistics": statistics,
         "technique_notes": TECHNIQUE_NOTES,
     }
     figures = {name: _data_uri(png) for name, png in pictures.items()}
@@ -131,22 +133,17 @@ def _data_uri(png: bytes) -> str:
 
 def _write_tables(results: Results) -> None:
     folder = results.study.outputs
-    _write_csv(folder / "summary.csv", results.summary)
-    _write_csv(folder / "accuracy.csv", results.accuracy)
-    _write_csv(folder / "claims.csv", results.claims)
+    write_csv(folder / "summary.csv", results.summary)
+    write_csv(folder / "accuracy.csv", results.accuracy)
+    write_csv(folder / "claims.csv", results.claims)
     if results.ablated:
-        _write_csv(folder / "sensitivity.csv", results.effects)
+        write_csv(folder / "sensitivity.csv", results.effects)
     for record in results.plans:
         uniform_bytes = record["plan"]["uniform_bytes"]
         table = plan_validation.trade_off(record["curve"], uniform_bytes)
-        _write_csv(folder / f"{record['name']}.csv", table)
+        write_csv(folder / f"{record['name']}.csv", table)
     names = [record["name"] for record in results.plans]
     _remove_others(folder.glob("plan-*.csv"), names)
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
-    write_file(path, text)
 
 
 def _write_figures(folder: Path, pictures: dict[str, bytes]) -> None:

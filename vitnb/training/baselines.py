@@ -12,12 +12,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from vitnb import devices
 from vitnb.data import dataset
 from vitnb.data.splits import Split
-from vitnb.models import layers, pretrained
+from vitnb.models import checkpoints, layers, pretrained
 from vitnb.study import Study
 
 # Inverse strengths of regularization, C of a logistic regression.
@@ -63,11 +63,13 @@ def random_init_baseline(
     study: Study, classes: int, train_images: TensorDataset, test_images: TensorDataset
 ) -> float:
     """Return the test top-1 of a linear probe on the base with random weights."""
-    config = AutoConfig.from_pretrained(pretrained.find_base(study), num_labels=classes)
+    config = checkpoints.read_config(pretrained.find_base(study), num_labels=classes)
     # A GPU draws the weights of a large model much faster than a CPU.
     with devices.select_device():
         # The config may say 16 bits.
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+        model = AutoModelForImageClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     return _probe(model.eval(), train_images, test_images)
 
 

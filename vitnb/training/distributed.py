@@ -29,6 +29,7 @@ from vitnb.data.splits import Split
 from vitnb.errors import UserError, one_line
 from vitnb.models import checkpoints, pretrained
 from vitnb.processes import child_environment
+from vitnb.records.parameters import check_parameter
 from vitnb.study import Study, load_study
 from vitnb.training import loop
 
@@ -39,8 +40,7 @@ GRACE_SECONDS = 2.0  # in which the peers of a failed process may end by themsel
 
 def check_processes(study: Study, processes: int) -> None:
     """Raise UserError if the processes cannot share a batch or have no GPU each."""
-    if processes < 1:
-        raise UserError(f"processes must be at least 1, got {processes}")
+    check_parameter("processes", processes)
     gpus = torch.cuda.device_count()
     if devices.select_device().type == "cuda" and processes > gpus:
         raise UserError(

@@ -6,7 +6,6 @@ seed, the epoch and the image alone. More GPUs therefore shorten a training and 
 change what is learned.
 """
 
-import gc
 import math
 import time
 from dataclasses import replace
@@ -21,6 +20,8 @@ from vitnb import devices
 from vitnb.data import dataset
 from vitnb.data.splits import Split
 from vitnb.errors import UserError
+from vitnb.models import quantization
+from vitnb.records.parameters import check_parameter
 from vitnb.study import Finetune, Study
 
 SILENT_SECONDS = 60.0  # the longest time without a line of progress, plus one batch
@@ -51,14 +52,15 @@ def train(
     Returns:
         One row per epoch: epoch (from 1), loss (mean over the training images),
         valid_top1, seconds, and peak_bytes. The last is the largest amount of memory
-        that PyTorch has allocated on any one GPU since the training began, None on a
-        CPU.
+        that PyTorch has allocated on any one GPU since the training began, the model
+        included and what other work holds there left out. It is None on a CPU.
 
     Raises:
         UserError: fewer than one epoch, or a loss that is not finite.
     """
     budget = replace(study.finetune, epochs=_num_epochs(study, epochs))
     device = next(model.parameters()).device
+    others = _bytes_of_others(model, device)
     images = dataset.PixelDataset(train_split, processor, seed, budget.crop_scale)
     valid_images = dataset.CachedDataset(dataset.PixelDataset(valid_split, processor))
     steps = math.ceil(len(images) / budget.batch_size)
@@ -68,7 +70,6 @@ def train(
     forward = model if team is None else team.prepare(model)
 
     history = []
-    _reset_peak_bytes(device)
     model.train()
     progress = Progress(budget.epochs, steps, silent=_rank(team) > 0)
     for epoch in range(1, budget.epochs + 1):
@@ -85,7 +86,7 @@ def train(
             "loss": loss,
             "valid_top1": validation_top1(model, valid_images, device, team),
             "seconds": progress.epoch_seconds(),
-            "peak_bytes": _peak_bytes(device, team),
+            "peak_bytes": _peak_bytes(device, team, others),
         }
         history.append(row)
         progress.show_epoch(row)
@@ -278,8 +279,7 @@ def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _num_epochs(study: Study, asked: int | None) -> int:
     epochs = study.finetune.epochs if asked is None else asked
-    if epochs < 1:
-        raise UserError(f"epochs must be at least 1, got {epochs}")
+    check_parameter("epochs", epochs)
     return epochs
 
 
@@ -299,13 +299,24 @@ def _gather(team: Accelerator | None, value: float) -> list[float]:
     return team.gather(own_value).tolist()
 
 
-def _reset_peak_bytes(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()  # memory of earlier work would count as memory of the training
-        torch.cuda.reset_peak_memory_stats(device)
+def _bytes_of_others(model: nn.Module, device: torch.device) -> int:
+    """Return the bytes that a GPU holds beside the model, and begin a new peak.
+
+    They are what earlier work has left, such as another model that is still in use.
+    """
+    if device.type != "cuda":
+        return 0
+    devices.free_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    others = torch.cuda.memory_allocated(device) - quantization.resident_bytes(model)
+    return max(0, others)
 
 
-def _peak_bytes(device: torch.device, team: Accelerator | None) -> int | None:
+def _peak_bytes(
+    device: torch.device, team: Accelerator | None, others: int
+) -> int | None:
+    """Return the most bytes that the training has held on any one GPU."""
     if device.type != "cuda":
         return None
-    return int(max(_gather(team, torch.cuda.max_memory_allocated(device))))
+    held = torch.cuda.max_memory_allocated(device) - others
+    return int(max(_gather(team, held)))

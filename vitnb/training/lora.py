@@ -4,7 +4,10 @@ The adapters and the classification head are trained, and nothing else (see ``lo
 new head must be trained: a random one gives the accuracy of guessing.
 """
 
+import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +16,8 @@ from torch import nn
 
 from vitnb.errors import UserError, suggest
 from vitnb.models import checkpoints, export, layers, pretrained, quantization
-from vitnb.records.files import new_folder
+from vitnb.records.files import check_new_folder, new_folder
+from vitnb.records.parameters import check_parameter
 from vitnb.study import Study
 
 
@@ -68,10 +72,10 @@ def add_adapters(
             PyTorch's generators as they are.
 
     Raises:
-        UserError: a rank below 1, or an unknown target or precision.
+        UserError: a rank or alpha below 1, or an unknown target or precision.
     """
-    if rank < 1:
-        raise UserError(f"rank must be at least 1, got {rank}")
+    check_parameter("rank", rank)
+    check_parameter("alpha", alpha)
     if seed is not None:
         torch.manual_seed(seed)
     model = pretrained.load_base(study, class_names, base_precision)
@@ -126,19 +130,68 @@ def merge_adapters(model: PeftModel, study: Study, class_names: list[str]) -> nn
         return PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
 
 
+def check_request(study: Study, targets: str = "all") -> None:
+    """Check what would end a training after hours, before anything is computed.
+
+    Raises:
+        UserError: a target that the base lacks, or checkpoints that cannot be written
+            (see ``files.check_new_folder``).
+    """
+    check_new_folder(study.outputs / "checkpoints", **_export_options(study))
+    if targets != "all":
+        find_targets(pretrained.load_base(study, ["one", "other"]), targets)
+
+
+def _export_options(study: Study) -> dict:
+    base = Path(pretrained.find_base(study))  # a folder, or a name on the hub
+    return {
+        "what": export.CHECKPOINTS,
+        "reads": [base] if base.is_dir() else [],
+        "is_own": export.is_checkpoints,
+    }
+
+
+def _keep_plans(final: Path, part: Path) -> list[str]:
+    """Keep the checkpoints of plans in the new folder, and return their names.
+
+    They are of another model now, which the loader refuses. Their files are shared with
+    the old folder where the file system can: it is deleted only afterwards.
+    """
+    plans = sorted(path for path in final.glob("plan-*") if path.is_dir())
+    for path in plans:
+        shutil.copytree(path, part / path.name, copy_function=_link_or_copy)
+    return [path.name.removeprefix("plan-") for path in plans]
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def export_checkpoints(
-    model: PeftModel, study: Study, processor, class_names: list[str]
+    model: PeftModel,
+    study: Study,
+    processor,
+    class_names: list[str],
+    keep: Path | None = None,
 ) -> dict[str, int]:
     """Write the checkpoints merged (fp32), nf4 and int8, all three or none.
 
+    They replace those of the fine-tuning before. Checkpoints of its plans are kept.
     Each holds weights (safetensors), class names and preprocessing, and loads with
     plain transformers.
+
+    Args:
+        keep: the folder to keep the earlier checkpoints in, see ``Run.earlier``; None:
+            they are deleted.
 
     Returns:
         The bytes of each checkpoint on disk.
     """
     final = study.outputs / "checkpoints"
-    with new_folder(final) as part:
+    with new_folder(final, **_export_options(study), keep=keep) as part:
         merged = merge_adapters(model, study, class_names)
         # A name that transformers knows without this package.
         merged.set_attn_implementation("sdpa")
@@ -148,4 +201,11 @@ def export_checkpoints(
             export.save_quantized(part / "merged", part / weights, weights, skip)
         for name in export.EXPORTS:
             processor.save_pretrained(part / name)
+        kept = _keep_plans(final, part)
+    if kept:
+        print(
+            f"kept from the fine-tuning before, of another model: {', '.join(kept)}: "
+            f"make them again with 'python -m vitnb plan {study.typed}'",
+            flush=True,
+        )
     return {name: checkpoints.disk_bytes(final / name) for name in export.EXPORTS}

@@ -24,6 +24,7 @@ from vitnb.data import garden
 from vitnb.errors import UserError
 from vitnb.models import checkpoints
 from vitnb.records import run as records_run
+from vitnb.records.files import check_new_folder
 from vitnb.study import Pretrain
 from vitnb.training import pretrain_vit
 from vitnb.training.model_card import model_card
@@ -80,13 +81,14 @@ def pretrain(
         command: to make the base again, for the model card.
 
     Raises:
-        UserError: the folder holds something already (before any work), or the steps
-            would take more than ``settings.minutes``.
+        UserError: the folder holds something already or cannot be written (before any
+            work), or the steps would take more than ``settings.minutes``.
     """
     folder = Path(folder)
     settings = settings or Pretrain()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: remove it, or name another folder")
+    check_new_folder(folder, pretrain_vit.BASE)
     model, results = train_base(settings, seed=seed, device=device, compile=compile)
     command = command or (
         f"python -m vitnb pretrain --steps {settings.steps} "

@@ -19,6 +19,8 @@ from vitnb.models import attention
 from vitnb.records.files import new_folder
 from vitnb.study import Pretrain
 
+BASE = "a base model"  # what the marker of its folder says, see ``files.new_folder``
+
 
 def build_vit(settings: Pretrain) -> ViTForImageClassification:
     """Return the untrained model, in float32.
@@ -100,7 +102,7 @@ def save_base(model: ViTForImageClassification, card: str, folder: Path) -> None
     model.config.num_labels = 2
     # A name that transformers knows without this package.
     model.set_attn_implementation("sdpa")
-    with new_folder(folder) as part:
+    with new_folder(folder, BASE) as part:
         model.save_pretrained(part, state_dict=backbone)
         _processor(model.config.image_size).save_pretrained(part)
         (part / "README.md").write_text(card)

@@ -141,7 +141,7 @@ def logits_of(mini, names, size):
                 for _ in range(2)
             )
         assert torch.equal(first, second)
-        assert loaded.engine.ran == loaded.variant.engine, loaded.engine.reason
+        assert loaded.engine.ran(pixels.shape) == (loaded.variant.engine, "")
         logits[name] = first
     return logits
 
@@ -174,13 +174,34 @@ def test_compiled_gives_the_same_logits(mini):
     assert (compiled - eager).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("weights", ["nf4", "int8", "fp8"])
+def test_whatever_a_compiled_model_is_called_it_gives_the_logits(mini, weights):
+    """Every forward of every batch size, and a name for each that has its reason."""
+    plain = loader.load_variant(mini, variants.parse(f"{weights}-sdpa"))
+    loaded = loader.load_variant(mini, variants.parse(f"{weights}-sdpa-compile"))
+    for size in (4, 1, 4, 1, 4):
+        pixels = loaded.prepare(first_batch(mini, loaded, size))
+        with plain.inference() as model:
+            wanted = model(pixel_values=pixels).logits.float()
+        with loaded.inference() as model:
+            logits = model(pixel_values=pixels).logits.float()
+        assert (logits - wanted).abs().max() < 0.05
+    ran = loaded.as_record()["engine_ran"]
+    print(weights, loaded.engine.as_record())
+    assert set(ran) == {"1", "4"}
+    named = {size for size, name in ran.items() if name == "compile"}
+    assert named | set(loaded.as_record()["engine_reason"]) == {"1", "4"}
+    assert weights == "int8" or named == {"1", "4"}
+
+
 def test_outliers_cannot_be_captured_and_that_is_said(mini):
     loaded = loader.load_variant(mini, variants.parse("int8-sdpa-graph"))
     pixels = loaded.prepare(first_batch(mini, loaded, 4))
     with loaded.inference() as model:
         logits = model(pixel_values=pixels).logits
-    assert loaded.engine.ran == "eager" and "CUDA graph" in loaded.engine.reason
-    assert loaded.engine.fell_back and not loaded.engine.replays
+    ran, reason = loaded.engine.ran(pixels.shape)
+    assert ran == "eager" and "CUDA graph" in reason
+    assert not loaded.engine.replays(pixels.shape)
     plain = loader.load_variant(mini, variants.parse("int8-sdpa"))
     with plain.inference() as model:
         torch.testing.assert_close(logits, model(pixel_values=pixels).logits)

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitnb.errors import VariantError
 from vitnb.models import attention
-from vitnb.models.fused import linears, operations, reference
+from vitnb.models.fused import describe_operations, linears, operations, reference
 from vitnb.models.quantization import Float8Linear
 
 TECHNIQUES = ("one pass", "patches", "qkv", "stream", "norm", "gelu", "class token")
@@ -91,6 +91,10 @@ class FusedViT(nn.Module):
         dtype: the type that the model computes in.
         techniques: those to use, all by default.
 
+    Attributes:
+        ran: ``fused``, and what computes its operations if not Triton's kernels.
+        reason: why not; empty if they do.
+
     Raises:
         VariantError: another architecture or activation, or int8, which bitsandbytes
             quantizes within its own product.
@@ -113,7 +117,10 @@ class FusedViT(nn.Module):
         self.backend = backend
         self.dtype = dtype
         self.techniques = techniques
-        own = operations(model.classifier.weight.device)
+        device = model.classifier.weight.device
+        own = operations(device)
+        stand_in, self.reason = describe_operations(device)
+        self.ran = ", ".join(filter(None, ["fused", stand_in]))
         norm = own if "norm" in techniques else reference
         self.layer_norm = norm.layer_norm
         self.quantize_rows = norm.quantize_rows
