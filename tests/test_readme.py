@@ -1076,7 +1076,7 @@ def test_the_tree_is_the_real_one():
         found.add("/".join(above))
     assert found == rooms()
     below = tree.partition("the wall")[2]
-    assert set(re.findall(r"^ +(\w+)/ ", below, flags=re.MULTILINE)) == {
+    assert set(re.findall(r"^  (\w+)/ ", below, flags=re.MULTILINE)) == {
         "analysis",
         "figures",
         "report",

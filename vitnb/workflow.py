@@ -21,7 +21,7 @@ from vitnb.study import ROOT, Study, load_study
 
 OPTIONS = (
     "--cores all --rerun-triggers mtime input params "
-    "--quiet rules host --rerun-incomplete --nolock"
+    "--quiet rules host --ignore-incomplete --nolock"
 )
 
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
+from vitnb import devices
 from vitnb.measure.accuracy import kl_to_baseline, load_logits
 from vitnb.records.files import write_file
 from vitnb.records.identity import Checkpoints, identify
@@ -13,7 +13,7 @@ from vitnb.records.run import Run
 from vitnb.study import Study, load_study
 
 SUMS = {"fp32-sdpa": {"merged": "m"}, "nf4-sdpa": {"nf4": "n"}}
-IDENTITY = identify(torch.device("cpu"))
+IDENTITY = identify(devices.select_device())
 COMPARED = IDENTITY.depend_on(*(Checkpoints(sums) for sums in SUMS.values()))
 
 

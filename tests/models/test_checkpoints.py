@@ -308,7 +308,7 @@ def test_nf4_is_computed_by_bitsandbytes_own_product():
     ("given", "may_fetch"),
     [({}, True), ({"HF_HUB_OFFLINE": "0"}, True), ({"HF_HUB_OFFLINE": "on"}, False)],
 )
-@pytest.mark.parametrize("first", ["vitnb", "huggingface_hub"])
+@pytest.mark.parametrize("first", ["vitnb", "huggingface_hub.constants"])
 def test_the_hub_is_closed_in_this_process_and_in_its_children(given, may_fetch, first):
     code = (
         f"import os, {first}, vitnb; from huggingface_hub import constants; "

@@ -186,6 +186,9 @@ def test_a_kill_while_the_old_folder_is_deleted(tmp_path, monkeypatch):
     assert (final / "file").read_text() == "new" and len(names(tmp_path)) == 2
     # Half of the old folder is never put back.
     files.shutil.rmtree(final)
+    with pytest.raises(KeyboardInterrupt), new_folder(final, "tests"):
+        assert not final.exists()
+        raise KeyboardInterrupt
     put(final, "newer")
     assert names(tmp_path) == {"folder"} and names(final) == {"file", MARKER}
 

@@ -290,6 +290,7 @@ def test_a_study_s_own_base(study, tmp_path, capsys):
         folder
     ) and capsys.readouterr().out.endswith(f"vitnb: {folder}\n")
     assert {path.name for path in folder.iterdir()} == {
+        ".vitnb",
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
     base, processor = (

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from vitnb import devices, variants
@@ -23,7 +24,11 @@ from vitnb.measure.interleaving import (
     time_interleaved,
     warm_up_workers,
 )
-from vitnb.measure.worker import WorkerProcess, load_local_variant
+from vitnb.measure.worker import (
+    WorkerProcess,
+    load_local_variant,
+    start_interpreter,
+)
 from vitnb.models import checkpoints
 from vitnb.records import run as records_run
 from vitnb.records.identity import Checkpoints
@@ -197,11 +202,15 @@ def _start_workers(
     if loads is None:
         loads = dict.fromkeys(study.variants, load_local_variant)
         loads |= dict.fromkeys(study.peers, load_external_variant)
+    names = [name for name in loads for _ in range(study.compare.processes)]
+    pipes: list[Connection | None] = [None for _ in names]
+    if devices.select_device(device).type == "cpu" and len(names) > 1:
+        process, pipes = start_interpreter(len(names))
+        stack.callback(process.wait)  # after the pipes are closed
     workers: Workers = {name: [] for name in loads}
-    for name, load in loads.items():
-        for _ in range(study.compare.processes):
-            worker = WorkerProcess(study, name, device, load)
-            workers[name].append(stack.enter_context(worker))
+    for name, pipe in zip(names, pipes, strict=True):
+        worker = WorkerProcess(study, name, device, loads[name], pipe)
+        workers[name].append(stack.enter_context(worker))
     return workers
 
 
@@ -349,7 +358,7 @@ def compare_study(study: Study, device: str | None = None) -> Path:
     run.depend_on(exports, load_split(study, "test"))
     measured = measure_comparison(study, device, resume_cache(run), exports)
     logits = accuracy.load_logits(study, run.identity)
-    record = run.record | measured
+    record = run.preview(**measured)
     run.save_table("times", comparison.time_table(record))
     table = run.save_table("ratios", comparison.ratio_table(record))
     run.save(

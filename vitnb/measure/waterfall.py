@@ -280,6 +280,6 @@ def run_waterfall(study: Study, device: str | None = None) -> Path:
     measured = measure_waterfall(study, devices.select_device(device))
     loaded_from = Checkpoints(measured["checkpoint_sha256"])
     run.depend_on(loaded_from, load_split(study, "valid"))
-    table = run.save_table("waterfall", waterfall_table(run.record | measured))
+    table = run.save_table("waterfall", waterfall_table(run.preview(**measured)))
     run.save(**measured)
     return study.outputs / table

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -200,16 +200,29 @@ def _start_interpreter() -> tuple[subprocess.Popen, Connection]:
 
     A fork would inherit memory and threads of this process; a new interpreter does not.
     """
-    ours, theirs = socket.socketpair()
-    with theirs, _interrupts_held_back():
-        descriptor = theirs.fileno()
+    process, (pipe,) = start_interpreter(1)
+    return process, pipe
+
+
+def start_interpreter(servers: int) -> tuple[subprocess.Popen, list[Connection]]:
+    """Start an interpreter, and return its process and our ends of the pipes.
+
+    With several servers, the interpreter imports once and forks a process for each. On
+    two cores the imports of a comparison would else take minutes. Only a CPU's servers
+    can be made so: CUDA does not survive a fork.
+    """
+    pairs = [socket.socketpair() for _ in range(servers)]
+    descriptors = [theirs.fileno() for _, theirs in pairs]
+    with ExitStack() as stack, _interrupts_held_back():
+        for _, theirs in pairs:
+            stack.enter_context(theirs)
         process = subprocess.Popen(
-            [sys.executable, "-m", "vitnb.measure.worker_main", str(descriptor)],
-            pass_fds=[descriptor],
+            [sys.executable, "-m", "vitnb.measure.worker_main", *map(str, descriptors)],
+            pass_fds=descriptors,
             env=child_environment(**OPENMP_SETTINGS),
             stdout=subprocess.DEVNULL,
         )
-    return process, Connection(ours.detach())
+    return process, [Connection(ours.detach()) for ours, _ in pairs]
 
 
 @contextmanager
@@ -248,6 +261,8 @@ class WorkerProcess:
     Args:
         load: makes the object that the process serves, from (study, name, device). It
             must be importable by name.
+        pipe: to a process of ``start_interpreter``, which whoever started it ends; None
+            to start one.
     """
 
     def __init__(
@@ -256,11 +271,14 @@ class WorkerProcess:
         name: str,
         device: str | None = None,
         load: Callable = load_local_variant,
+        pipe: Connection | None = None,
     ):
         self.name = name
-        self._process, self._pipe = (
-            _prewarmed.pop() if _prewarmed else _start_interpreter()
-        )
+        self._process, self._pipe = None, pipe
+        if pipe is None:
+            self._process, self._pipe = (
+                _prewarmed.pop() if _prewarmed else _start_interpreter()
+            )
         with suppress(BrokenPipeError):  # the first call says that the process died
             self._pipe.send((load, (study, name, device)))
 
@@ -307,8 +325,9 @@ class WorkerProcess:
         return self.call("measure_memory", batch_sizes=batch_sizes)
 
     def _raise_died(self) -> NoReturn:
+        code = f" (exit code {self._process.wait()})" if self._process else ""
         raise VariantError(
-            f"the process of {self.name} died (exit code {self._process.wait()}), "
+            f"the process of {self.name} died{code}, "
             "most likely out of memory: lower batch_size, or close other programs"
         ) from None
 
@@ -317,7 +336,8 @@ class WorkerProcess:
 
     def __exit__(self, *_) -> None:
         self._pipe.close()
-        self._process.wait()
+        if self._process:
+            self._process.wait()
 
 
 def measure_memory(

@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -38,8 +39,31 @@ def import_torch_on_all_cores() -> set[int]:
     return bound
 
 
-def main(descriptor: int) -> None:
-    """Serve the pipe that this interpreter has inherited, see ``worker.serve``."""
+def fork_servers(descriptors: list[int], serve: Callable[[Connection], None]) -> None:
+    """Serve each pipe in a process of its own, and wait until all of them have ended.
+
+    The processes are forked before anything was computed: no thread is lost.
+    """
+    children = []
+    for descriptor in descriptors:
+        child = os.fork()
+        if child == 0:
+            for other in descriptors:
+                if other != descriptor:
+                    os.close(other)
+            try:
+                serve(Connection(descriptor))
+            finally:
+                os._exit(0)
+        children.append(child)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def main(descriptors: list[int]) -> None:
+    """Serve the pipes that this interpreter has inherited, see ``worker.serve``."""
     # Ctrl-C ends a worker at once, without a trace of its own on the screen. It was
     # held back until here, where Python would still have told of it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,8 +71,11 @@ def main(descriptor: int) -> None:
     bound = import_torch_on_all_cores()
     from vitnb.measure import worker  # late: the module imports PyTorch
 
-    worker.serve(Connection(descriptor), bound)
+    if len(descriptors) == 1:
+        worker.serve(Connection(descriptors[0]), bound)
+    else:
+        fork_servers(descriptors, lambda pipe: worker.serve(pipe, bound))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(word) for word in sys.argv[1:]])

@@ -14,11 +14,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from vitnb.errors import NO_ROOM, UserError, describe_write_error
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MB = 2**20  # bytes of a megabyte, as in the source study
 
@@ -248,12 +251,14 @@ def write_array(path: Path, values: np.ndarray) -> None:
     write_file(path, buffer.getvalue())
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
     """Write a table as CSV, without its index, whole or not at all.
 
     A spreadsheet runs a text that begins like a formula. Such a text gets an apostrophe
     in front, see ``escape_formula``.
     """
+    import pandas as pd  # late: lists of images do without
+
     table = table.rename(columns=escape_formula)
     for i, kind in enumerate(table.dtypes):
         if not pd.api.types.is_numeric_dtype(kind):

@@ -131,6 +131,13 @@ class Run:
             self.unfinished.parent.rmdir()
         return record
 
+    def preview(self, **results) -> dict:
+        """Return the record with its results as a reader will see it; write nothing.
+
+        Tables that are saved with the record are computed from it.
+        """
+        return json.loads(self._text({"status": "ok", "reason": ""} | results))
+
     def fail(self, error: BaseException) -> dict:
         """Write a record without results that says why there are none."""
         return self._write({"status": "failed", "reason": one_line(error)})
@@ -149,19 +156,23 @@ class Run:
     def _question(self) -> dict:
         return question(self.record | {"identity": self.identity.as_record()})
 
-    def _write(self, results: dict) -> dict:
+    def _text(self, results: dict) -> str:
+        """Return the record as JSON."""
         seconds = round(time.perf_counter() - self._started, 1)
         record = self.record | {"identity": self.identity.as_record()}
         arrays = {name: array_digest(values) for name, values in self._arrays.items()}
         record |= {"arrays": arrays, "tables": list(self._tables), "seconds": seconds}
         record |= results
-        text = json.dumps(record, default=_to_json, allow_nan=False, indent=1)
-        self._set_aside(failed=record["status"] == "failed")
+        return json.dumps(record, default=_to_json, allow_nan=False, indent=1) + "\n"
+
+    def _write(self, results: dict) -> dict:
+        text = self._text(results)
+        self._set_aside(failed=results["status"] == "failed")
         for name, values in self._arrays.items():
             write_array(self.study.outputs / name, values)
         for name, table in self._tables.items():
             write_csv(self.study.outputs / name, table)
-        write_file(self.path, text + "\n")
+        write_file(self.path, text)
         return json.loads(text)
 
     def _record_before(self) -> dict | None:
