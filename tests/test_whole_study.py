@@ -211,6 +211,7 @@ def test_summary_follows_from_the_raw_records(done):
             "attention_time_ms": trace["attention_ms"],
             "total_time_ms": sum(trace["operators_ms"].values()),
             "device": record["machine"]["gpu"] or record["machine"]["cpu"],
+            "commit": record["machine"]["commit"],
         }
         for name, value in expected.items():
             found = row[name]

@@ -28,7 +28,13 @@ from vitnb.analysis.comparison import (
 from vitnb.errors import UserError, VariantError
 from vitnb.figures import tradeoffs
 from vitnb.measure import comparison, interleaving
-from vitnb.measure.worker import LocalVariant, WorkerProcess, _prewarmed, prewarm
+from vitnb.measure.worker import (
+    LocalVariant,
+    WorkerProcess,
+    _prewarmed,
+    prewarm,
+    start_interpreter,
+)
 from vitnb.records.resume import ResumeCache
 from vitnb.study import Compare, Study, load_study
 
@@ -319,10 +325,36 @@ def test_all_may_fail(monkeypatch):
     assert found["blocks_ms"] == {"2": {}, "3": {}} and len(found["failed"]) == 2
 
 
+def test_forked_servers_are_processes_of_their_own():
+    """One interpreter imports, and each server has a process that may die alone."""
+    process, pipes = start_interpreter(3)
+    workers = [
+        WorkerProcess(None, str(i), load=Sleeper, pipe=p) for i, p in enumerate(pipes)
+    ]
+    ids = [worker.call("where") for worker in workers]
+    assert len({*ids, process.pid, os.getpid()}) == 5
+    os.kill(ids[0], signal.SIGKILL)
+    with pytest.raises(VariantError, match=r"the process of 0 died, most likely"):
+        workers[0].call("where")
+    assert workers[2].call("time_block", batch_size=5, forwards=1) == [10.0]
+    for worker in workers:
+        worker.__exit__()
+    assert process.wait(60) == 0
+
+
+def stay_here(monkeypatch) -> None:
+    """Let a comparison start no process."""
+    monkeypatch.setattr(comparison, "WorkerProcess", Here)
+    nobody = SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr(
+        comparison, "start_interpreter", lambda servers: (nobody, [None] * servers)
+    )
+
+
 class Here(WorkerProcess):
     """A worker without a process."""
 
-    def __init__(self, study, name, device, load):
+    def __init__(self, study, name, device, load, pipe=None):
         self.name = name
         self.served = load(study, name, device)
         self.answers = []
@@ -346,7 +378,7 @@ class Here(WorkerProcess):
 
 def test_a_killed_comparison_goes_on_with_the_next_batch_size(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "load_local_variant", Fragile)
-    monkeypatch.setattr(comparison, "WorkerProcess", Here)
+    stay_here(monkeypatch)
     budget = Compare(rounds=20, seconds=1e9, forwards=1, processes=1)
     study = Study(
         "x", "", "", "", "", variants=["1"], batch_sizes=[1, 2, 3], compare=budget
@@ -389,7 +421,7 @@ def test_a_variant_that_loads_in_one_run_only_has_a_reason_where_it_is_missing(
 ):
     """The first run is killed at batch 2; the second goes on with what it kept."""
     monkeypatch.setattr(comparison, "load_local_variant", LoadsLater)
-    monkeypatch.setattr(comparison, "WorkerProcess", Here)
+    stay_here(monkeypatch)
     monkeypatch.setattr(LoadsLater, "loads", [*loads])
     budget = Compare(rounds=20, seconds=1e9, forwards=1, processes=1)
     names = ["1", "1.5", "2"]
@@ -479,7 +511,7 @@ def test_everyone_compiles_before_the_first_is_waited_for():
 def test_what_cannot_compile_at_one_batch_size_is_back_at_the_next(monkeypatch, capsys):
     monkeypatch.setattr(comparison, "load_local_variant", Compiled)
     monkeypatch.setattr(comparison, "load_external_variant", Compiled)
-    monkeypatch.setattr(comparison, "WorkerProcess", Here)
+    stay_here(monkeypatch)
     monkeypatch.setattr(Compiled, "calls", [])
     budget = Compare(rounds=20, seconds=1e9, forwards=1, processes=2)
     study = Study(
