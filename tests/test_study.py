@@ -49,6 +49,7 @@ LIMITS = {
     "compare": {
         "rounds": COUNT,
         "seconds": POSITIVE,
+        "precision": POSITIVE,
         "forwards": COUNT,
         "processes": COUNT,
     },
