@@ -111,7 +111,7 @@ def test_a_ladder_adds_one_technique_a_step():
 
 def test_every_step_has_a_row_at_every_batch_size(record, study):
     table = pd.read_csv(
-        study.outputs / "waterfall.csv", keep_default_na=False, na_values=[""]
+        study.outputs / "waterfall-cpu.csv", keep_default_na=False, na_values=[""]
     )
     wanted = [
         (ladder, step.technique, step.variant, size)
@@ -505,7 +505,10 @@ def test_the_report_gains_its_sections_and_is_else_as_it_was(
         "notebook": "pretrain",
         "name": "pretrain",
     }
-    for name, found in (("waterfall", record), ("pretrain", record | base)):
+    # Without a checkpoint, as the mini study's are not those of the published one.
+    identity = record["identity"] | {"checkpoints": {}, "data": {}}
+    shown = record | {"identity": identity, "name": "waterfall"}
+    for name, found in (("waterfall", shown), ("pretrain", shown | base)):
         (embedded.outputs / "records" / f"{name}.json").write_text(json.dumps(found))
     after = page.write_report(embedded).read_text()
     for text in (
