@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -44,6 +45,9 @@ def fork_servers(descriptors: list[int], serve: Callable[[Connection], None]) ->
 
     The processes are forked before anything was computed: no thread is lost.
     """
+    # Python 3.12 warns of a fork beside threads. Those of NumPy's BLAS have nothing to
+    # do yet, and it starts them anew in a child.
+    warnings.simplefilter("ignore", DeprecationWarning)
     children = []
     for descriptor in descriptors:
         child = os.fork()
