@@ -41,6 +41,11 @@ def half_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type as records hold it, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_half_units(device: torch.device) -> bool:
     """Tell whether the hardware multiplies 16-bit matrices itself.
 

@@ -95,7 +95,7 @@ def record_rows(
         return [row | {"batch_size": size} for size in record["asked"]["batch_sizes"]]
     row |= _model_columns(record)
     own_limits = (limits or {}).get(ceilings.machine_of(record), {})
-    traces, memory = _by_batch_size(record["traces"]), _by_batch_size(record["memory"])
+    traces, memory = by_batch_size(record["traces"]), by_batch_size(record["memory"])
     return [
         row
         | _engine_columns(record, timing["batch_size"])
@@ -107,7 +107,7 @@ def record_rows(
     ]
 
 
-def _by_batch_size(parts: list[dict]) -> dict[int, dict]:
+def by_batch_size(parts: list[dict]) -> dict[int, dict]:
     """Return parts of a record by their batch size, in whichever order they stand."""
     return {part["batch_size"]: part for part in parts}
 

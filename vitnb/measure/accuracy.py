@@ -13,9 +13,8 @@ from vitnb.data.splits import Split
 from vitnb.errors import UserError
 from vitnb.models.engines import check_finite
 from vitnb.models.loader import LoadedVariant
-from vitnb.records.files import array_digest
 from vitnb.records.identity import Identity
-from vitnb.records.reader import load_records
+from vitnb.records.reader import load_array, load_records
 from vitnb.study import Study
 
 BATCH_SIZE = 64
@@ -100,9 +99,8 @@ def load_logits(study: Study, identity: Identity) -> dict[str, torch.Tensor]:
             continue
         if record["name"] in outdated or not _is_of(record, identity):
             continue
-        array = np.load(study.outputs / record["logits"])
-        known = record["arrays"].get(record["logits"])
-        if known in (None, array_digest(array)) and np.isfinite(array).all():
+        array = load_array(study.outputs, record, record["logits"])
+        if array is not None:
             logits[record["asked"]["variant"]] = torch.from_numpy(array)
     return logits
 

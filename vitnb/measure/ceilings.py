@@ -75,7 +75,12 @@ def measure_ceilings(device: torch.device) -> dict[str, object]:
         missing: {kind: reason} of the kinds that have no product of their own here.
     """
     missing = missing_kinds(device)
-    kinds = ["float32", _name(devices.half_dtype(device)), "float8", "int8"]
+    kinds = [
+        "float32",
+        devices.dtype_name(devices.half_dtype(device)),
+        "float8",
+        "int8",
+    ]
     kinds = [kind for kind in kinds if kind not in missing]
     products = {kind: {} for kind in kinds}
     copies = []
@@ -107,16 +112,12 @@ def missing_kinds(device: torch.device) -> dict[str, str]:
         return {}
     reasons = {"float8": "a CPU multiplies float8 weights in float32"}
     if not devices.has_half_units(device):
-        name = _name(devices.half_dtype(device))
+        name = devices.dtype_name(devices.half_dtype(device))
         reasons[name] = f"this CPU has no 16-bit units, and emulates {name} products"
     # bitsandbytes (0.50) asks the same before it takes PyTorch's int8 product.
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         reasons["int8"] = "this CPU multiplies int8 weights in float32"
     return reasons
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _sample_products(

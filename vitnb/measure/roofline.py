@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
+from vitnb import devices
 from vitnb.models import checkpoints, layers
 from vitnb.models.loader import LoadedVariant
 from vitnb.models.quantization import Float8Linear
@@ -43,7 +44,7 @@ def count_by_kind(
         flops: {batch size: {kind: operations}}.
     """
     sides = checkpoints.image_sides(loaded.processor)
-    dtype = str(loaded.dtype).removeprefix("torch.")
+    dtype = devices.dtype_name(loaded.dtype)
     flops = {}
     for size in batch_sizes:
         total, by_linear = _count_by_linear(loaded.model.config, size, sides)

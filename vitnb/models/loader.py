@@ -65,7 +65,7 @@ class LoadedVariant:
         """Return the entries of a record."""
         return {
             "parameters": self.parameters,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": devices.dtype_name(self.dtype),
             "attention_launched": self.launched,
             "linears_quantized": self.linears_quantized,
             "linears_kept": self.linears_kept,
@@ -81,7 +81,7 @@ class LoadedVariant:
         """Return what an identity holds of this variant, see ``records.identity``."""
         return {
             "checkpoints": {self.variant.checkpoint: self.checkpoint_sha256},
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": devices.dtype_name(self.dtype),
         }
 
     @raise_known_errors()

@@ -98,9 +98,14 @@ class Identity:
         return _digest(self.as_record())
 
 
-def identify(device: torch.device) -> Identity:
-    """Return the identity of results that this process gets on a device."""
-    about = machine.describe_machine()
+def identify(device: torch.device, about: dict | None = None) -> Identity:
+    """Return the identity of results that this process gets on a device.
+
+    Args:
+        about: what ``machine.describe_machine`` has told; None to ask it, which reads
+            all sources and runs git.
+    """
+    about = about or machine.describe_machine()
     on_gpu = device.type == "cuda"
     return Identity(
         code=about["code_sha256"],

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from vitnb.errors import UserError, suggest
+from vitnb.records.files import array_digest
 from vitnb.records.schema import upgrade
 from vitnb.study import Study, load_study, study_names
 
@@ -32,6 +35,22 @@ def load_records(study: Study) -> list[dict]:
     paths = sorted((study.outputs / "records").glob("*.json"))
     records = [read_record(path, fix) for path in paths]
     return sorted(records, key=lambda record: record["started"])
+
+
+def load_array(folder: Path, record: dict, name: str) -> np.ndarray | None:
+    """Return an array that a record has written beside it.
+
+    It is None if it is not the record's own, or not finite.
+
+    Args:
+        folder: the outputs of the study.
+        name: of the file, relative to ``folder``.
+    """
+    array = np.load(folder / name)
+    known = record["arrays"].get(name)
+    if known not in (None, array_digest(array)) or not np.isfinite(array).all():
+        return None
+    return array
 
 
 def find_record(name: str) -> dict:

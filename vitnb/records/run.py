@@ -67,6 +67,7 @@ class Run:
         if notebook == "evaluate":
             self.batch_sizes = study.sizes(asked.get("batch_size"))
             asked["batch_sizes"] = self.batch_sizes
+        about = machine.describe_machine()
         self.record = {
             "schema": SCHEMA,
             "notebook": notebook,
@@ -75,10 +76,10 @@ class Run:
             "asked": asked,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "study_asked": asdict(study),
-            "machine": machine.describe_machine(),
+            "machine": about,
             "versions": machine.versions(),
         }
-        self.identity = identify(self.device)
+        self.identity = identify(self.device, about)
         self._arrays: dict[str, np.ndarray] = {}
         self._tables: dict[str, pd.DataFrame] = {}
         self._started = time.perf_counter()

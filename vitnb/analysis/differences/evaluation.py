@@ -28,7 +28,8 @@ from vitnb.analysis.differences.verdicts import (
     unchanged,
     unknown,
 )
-from vitnb.records.files import array_digest
+from vitnb.analysis.summary import by_batch_size
+from vitnb.records.reader import load_array
 
 # How far rounding moves a logit, by the type of computing: the spacing of numbers
 # between 1 and 2, and how many of them. Engines in 16 bits differ by one or two (see
@@ -159,11 +160,8 @@ def _load_logits(side: Side) -> np.ndarray | None:
     name = side.record["logits"]
     if not (side.folder / name).is_file():
         return None
-    array = np.load(side.folder / name)
-    known = side.record["arrays"].get(name)
-    if known not in (None, array_digest(array)) or not np.isfinite(array).all():
-        return None
-    return array.astype(np.float64)
+    array = load_array(side.folder, side.record, name)
+    return None if array is None else array.astype(np.float64)
 
 
 def _rounding(logits: np.ndarray, side: Side) -> float:
@@ -180,7 +178,7 @@ def _compare_memory(a: Side, b: Side) -> list[Finding]:
         compare_counts(what, a.record[key], b.record[key], show_count)
         for what, key in BYTES.items()
     ]
-    first, second = _by_size(a.record["memory"]), _by_size(b.record["memory"])
+    first, second = by_batch_size(a.record["memory"]), by_batch_size(b.record["memory"])
     for size in common_keys(first, second):
         peaks = [one[size]["allocator_peak_bytes"] for one in (first, second)]
         what = f"allocator peak at batch {size}"
@@ -197,7 +195,10 @@ def _compare_memory(a: Side, b: Side) -> list[Finding]:
 
 def _compare_p50(a: Side, b: Side) -> list[Finding]:
     note = other_machine(a.record, b.record)
-    first, second = _by_size(a.record["timings"]), _by_size(b.record["timings"])
+    first, second = (
+        by_batch_size(a.record["timings"]),
+        by_batch_size(b.record["timings"]),
+    )
     found = []
     for size in common_keys(first, second):
         what = f"p50 at batch {size}"
@@ -210,7 +211,3 @@ def _compare_p50(a: Side, b: Side) -> list[Finding]:
         else:
             found.append(compare_times(what, *medians, "ms", note))
     return found
-
-
-def _by_size(rows: list[dict]) -> dict[int, dict]:
-    return {row["batch_size"]: row for row in rows}
